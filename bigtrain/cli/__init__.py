@@ -1,0 +1,64 @@
+"""The `bigtrain` command: one module for each group of commands.
+
+Every command starts with the import of this package, so its modules import nothing heavy at their top: a
+command that needs torch, or the schema, imports it in its body.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import bigtrain
+from bigtrain.cli import config, data
+from bigtrain.cli.parity import parity
+from bigtrain.cli.train import launch, train
+from bigtrain.errors import BigtrainError, ConfigError
+
+app = typer.Typer(
+    name="bigtrain",
+    help="Train and fine-tune PyTorch models: one run file, several engines, the same losses under each.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(config.app, name="config")
+app.add_typer(data.app, name="data")
+for command in (train, launch, parity):
+    app.command()(command)
+
+_wants_traceback = False
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"bigtrain {bigtrain.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of every error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    global _wants_traceback
+    _wants_traceback = debug
+
+
+def main() -> None:
+    """Run the command line; an error of ours is told in a few lines and sets the exit code."""
+    try:
+        app()
+    except BigtrainError as error:
+        if _wants_traceback:
+            import traceback
+
+            traceback.print_exc()
+        for part in error.problems if isinstance(error, ConfigError) else [error]:
+            print(f"error: {part}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,83 @@
+"""`bigtrain config`: look at run files and at what may stand in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Look at run files and their keys.")
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Values that replace the file's, as optim.lr=3e-4.", show_default=False),
+]
+
+
+@app.command()
+def show(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    origin: Annotated[bool, typer.Option("--origin", help="Say where each value came from.")] = False,
+) -> None:
+    """Print a run file with everything that holds."""
+    from bigtrain.config.keys import show as yaml_of
+    from bigtrain.config.loader import dump, load, values
+
+    resolved = load(run_file, overrides or ())
+    if not origin:
+        typer.echo(dump(resolved.config), nl=False)
+        return
+    rows = [(key, yaml_of(value), resolved.origin[key]) for key, value in values(resolved.config).items()]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for key, value, where in rows:
+        typer.echo(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {where}")
+
+
+@app.command()
+def check(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Say all that is wrong with a run file, or ok."""
+    from bigtrain.config.loader import load
+
+    load(run_file, overrides or ())
+    typer.echo(f"ok: {run_file}")
+
+
+@app.command()
+def keys(
+    section: Annotated[str | None, typer.Argument(help="A section or a key, as optim.", show_default=False)] = None,
+) -> None:
+    """List the keys of a run file with their help."""
+    from bigtrain.config.keys import keys_below
+
+    _print_table([(key.path, key.takes, key.default or "", key.help) for key in keys_below(section or "")])
+
+
+def _print_table(rows: list[tuple[str, str, str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("key", no_wrap=True)
+    table.add_column("takes", ratio=3)
+    table.add_column("default", ratio=1)
+    table.add_column("help", ratio=4)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a run file, for editors."""
+    import json
+
+    from bigtrain.config.json_schema import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))

@@ -1,0 +1,122 @@
+"""`bigtrain parity`: is it the same training under every engine?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bigtrain.cli.config import Overrides, RunFile
+
+if TYPE_CHECKING:
+    from bigtrain.parity import Report
+
+
+def parity(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to compare.")] = 20,
+    engines: Annotated[str, typer.Option(help="Engines, separated by commas.")] = "single,ddp,fsdp",
+    world_sizes: Annotated[str, typer.Option(help="Numbers of processes, separated by commas.")] = "1,2",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Compare the run under every engine, world size and accumulation with one plain loop, step by step.
+
+    Exit code 0: the same; 1: something differs; 3: rounding alone differs too soon to tell.
+    """
+    from bigtrain.config.loader import load
+
+    config = load(run_file, overrides or ()).config
+    names = _names(engines)
+    sizes = _sizes(world_sizes)
+    from bigtrain.parity import run
+
+    def say(text: str) -> None:
+        typer.echo(f"… {text}", err=True)
+
+    report = run(config, steps=steps, engines=names, world_sizes=sizes, said=say)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(report.as_dict(), indent=2))
+    else:
+        _print(report)
+    raise typer.Exit(report.exit_code)
+
+
+def _names(text: str) -> list[str]:
+    from bigtrain.errors import UserError
+
+    known = ("single", "ddp", "fsdp")
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise UserError(f"{name!r} is not an engine", where="--engines", remedy=f"take some of {', '.join(known)}")
+    return names
+
+
+def _sizes(text: str) -> list[int]:
+    from bigtrain.errors import UserError
+
+    try:
+        sizes = [int(size) for size in text.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise UserError(
+            f"{text!r} is not a list of numbers of processes",
+            where="--world-sizes",
+            remedy="write it as 1,2,4",
+        )
+    return sizes
+
+
+def _print(report: Report) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in (
+        "engine",
+        "processes",
+        "accumulation",
+        "precision",
+        "steps that count",
+        "loss",
+        "norm",
+        "parameters",
+        "",
+    ):
+        table.add_column(heading, justify="right" if heading not in ("engine", "precision", "") else "left")
+    for verdict in report.verdicts:
+        variant = verdict.variant
+        largest = (f"{value:.1e}" for value in (verdict.loss, verdict.norm, verdict.parameters))
+        cells = (variant.engine, variant.world_size, variant.accumulation, variant.precision, verdict.horizon)
+        table.add_row(*map(str, cells), *largest, verdict.outcome)
+    console.print(table)
+    for line in _remarks(report):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _remarks(report: Report) -> list[str]:
+    tolerances = ", ".join(
+        f"{name}: {t.scalar:g} for loss and norm, {t.parameters:g} for all parameters"
+        for name, t in report.tolerances.items()
+    )
+    lines = [f"largest relative differences to a plain loop in the steps that count; allowed are {tolerances}"]
+    if report.switched_off:
+        lines.append(f"switched off to compare: {', '.join(report.switched_off)}")
+    if report.apart:
+        lines.append(f"left out, because their true gradient is zero: {', '.join(report.apart)}")
+    for verdict in report.verdicts:
+        if verdict.failed_at is not None:
+            lines.append(
+                f"{verdict.variant}: {verdict.failed_what} parts at step {verdict.failed_at}; "
+                f"furthest off is {verdict.worst} in {verdict.worst_module}"
+            )
+    if any(verdict.outcome == "inconclusive" for verdict in report.verdicts):
+        lines.append("inconclusive: a plain loop differs from itself by rounding alone after fewer than 5 steps")
+    return lines

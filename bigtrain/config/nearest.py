@@ -1,0 +1,86 @@
+"""Which key or word was probably meant."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from functools import cache
+
+from bigtrain.config.keys import Key
+
+
+def distance(a: str, b: str, limit: int) -> int | None:
+    """How many letters to take out, put in, change or swap with a neighbour to turn a into b, up to a limit.
+
+    The optimal string alignment distance: Boytsov, Indexing methods for approximate dictionary searching,
+    2011, https://doi.org/10.1145/1963190.1963191. None where it is above the limit.
+    """
+    if abs(len(a) - len(b)) > limit or len(set(a) ^ set(b)) > 2 * limit:  # an edit brings at most two letters
+        return None
+    before: list[int] = []
+    above = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        row = [i]
+        for j, y in enumerate(b, 1):
+            best = min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (x != y))
+            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
+                best = min(best, before[j - 2] + 1)
+            row.append(best)
+        if min(row) > limit and min(above) > limit:
+            return None
+        before, above = above, row
+    return above[-1] if above[-1] <= limit else None
+
+
+def nearest_words(wrong: str, words: Iterable[str], count: int = 3) -> list[str]:
+    """The words that are a few letters away, nearest first; never `wrong` itself."""
+    ranked = sorted((rank, i, word) for i, word in enumerate(words) if (rank := _rank(wrong, word)) is not None)
+    return [word for _, _, word in ranked[:count]]
+
+
+def nearest_keys(
+    wrong: str, here: Sequence[Key], everywhere: Iterable[Key], given: Collection[str], count: int = 3
+) -> list[Key]:
+    """The keys that were probably meant by `wrong`, best first.
+
+    Args:
+        wrong: The last part of what was given.
+        here: The keys of the section in which it was given.
+        everywhere: All keys: the right key may have been given in the wrong section.
+        given: The names that the section already has, which are less probable.
+        count: How many at most.
+    """
+    ranked: dict[str, tuple[float, Key]] = {}
+    for key in everywhere:
+        if key.name == wrong:
+            ranked[key.path] = (0.5, key)
+        elif (rank := _rank(wrong, key.name)) is not None:
+            ranked[key.path] = (rank + 2.5, key)
+    for key in here:
+        rank = _rank(wrong, key.name)
+        if rank is not None:
+            ranked[key.path] = (rank + 0.25 * (key.name in given), key)
+    best = sorted(ranked.values(), key=lambda entry: entry[0])
+    close = [key for rank, key in best if rank <= best[0][0] + 1]
+    return close[:count] or _by_meaning(wrong, everywhere, count)
+
+
+@cache
+def _rank(wrong: str, right: str) -> float | None:
+    """The distance of two words, or None where they have too little in common, or are the same."""
+    if wrong == right:
+        return None
+    if wrong.casefold() == right.casefold():
+        return 0.1
+    letters = distance(wrong, right, max(1, min(len(wrong), len(right)) // 3))
+    if letters is not None:
+        return letters
+    shorter, longer = sorted((wrong, right), key=len)
+    return 3.0 if len(shorter) >= 3 and longer.startswith(shorter) else None
+
+
+def _by_meaning(wrong: str, keys: Iterable[Key], count: int) -> list[Key]:
+    """The keys in whose path or help all the parts of `wrong` occur: learning_rate finds optim.lr."""
+    parts = [part for part in wrong.casefold().replace("-", "_").split("_") if len(part) > 2]
+    hits = [key for key in keys if parts and all(part in f"{key.path} {key.help}".casefold() for part in parts)]
+    hits.sort(key=lambda key: (key.is_section, -sum(part in key.path for part in parts)))
+    return hits[:count]

@@ -1,0 +1,162 @@
+"""The sections that say how a training is carried out: engine, checkpoints, evaluation, tracking, launch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from bigtrain.config.fields import Available, ListOf, Section
+
+
+class Fsdp(Section):
+    """What only the fsdp engine reads."""
+
+    shard_size: PositiveInt | None = None
+    """How many ranks share one copy of the model, which the others repeat; null: all ranks share one."""
+
+    reshard_after_forward: bool = True
+    """Free a block's gathered weights after the forward pass: less memory, more communication."""
+
+    cpu_offload: bool = False
+    """Keep weights, gradients and the optimizer's state in host memory."""
+
+
+class DeepSpeed(Section):
+    """What only the deepspeed engine reads."""
+
+    stage: Annotated[Literal[0, 1, 2, 3], Available(3)] = 3
+    """The ZeRO stage, which says what is cut up over the ranks."""
+
+    offload_optimizer: Annotated[Literal["none", "cpu", "nvme"], Available("none")] = "none"
+    """Where the optimizer's state is kept instead of device memory."""
+
+    offload_params: Annotated[Literal["none", "cpu", "nvme"], Available("none")] = "none"
+    """Where parameters are kept instead of device memory, in stage 3."""
+
+    extra: Annotated[dict[str, Any], Available({})] = Field(default_factory=dict)
+    """Further keys of DeepSpeed's own configuration; one that bigtrain sets itself is an error."""
+
+
+class Engine(Section):
+    """What spreads the training over processes, and on which devices."""
+
+    name: Annotated[
+        Literal["auto", "single", "ddp", "fsdp", "deepspeed"], Available("auto", "single", "ddp", "fsdp")
+    ] = "auto"
+    """What spreads the training over processes; auto picks one and says why."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes GPUs where there are any."""
+
+    fsdp: Fsdp = Field(default_factory=Fsdp)
+    """What only the fsdp engine reads."""
+
+    deepspeed: DeepSpeed = Field(default_factory=DeepSpeed)
+    """What only the deepspeed engine reads."""
+
+
+class EveryBlocks(Section):
+    """Activation checkpointing of some of the blocks."""
+
+    every: PositiveInt
+    """Compute the activations of one block in this many again."""
+
+
+class Checkpoint(Section):
+    """When the training state is saved, how long it is kept, and what a new start does with it."""
+
+    every_steps: Annotated[PositiveInt | None, Available(None)] = None
+    """Save after this many optimizer steps; null: not by steps."""
+
+    every_minutes: Annotated[PositiveFloat | None, Available(None)] = None
+    """Save after this many minutes; null: not by the clock."""
+
+    at_end: Annotated[bool, Available(False)] = False
+    """Save when the training ends."""
+
+    keep: Annotated[PositiveInt | None, Available(None)] = None
+    """How many of the newest checkpoints to keep, at least two; null: all."""
+
+    keep_every: Annotated[PositiveInt | None, Available(None)] = None
+    """Keep for good every checkpoint whose step is a multiple of this; null: none."""
+
+    background: Annotated[bool, Available(False)] = False
+    """Write checkpoints while the training goes on."""
+
+    resume: Annotated[Literal["auto", "never"], Available("never")] = "never"
+    """Whether a start in a folder that holds a run goes on from its last good checkpoint."""
+
+    weights: Annotated[Literal["all", "trainable"], Available("all")] = "all"
+    """Which weights are saved; trainable leaves the frozen ones to finetune.init_from."""
+
+    on_full: Annotated[Literal["stop", "continue"], Available("stop")] = "stop"
+    """What to do where the disk is full: stop the run, or train on and save later."""
+
+
+class Eval(Section):
+    """When the model is evaluated, and on how much."""
+
+    every_epochs: PositiveInt | None = 1
+    """Evaluate after this many epochs; null: not by epochs."""
+
+    every_steps: PositiveInt | None = None
+    """Evaluate after this many optimizer steps; null: not by steps."""
+
+    max_batches: PositiveInt | None = None
+    """The most batches that one evaluation runs; null: all of them."""
+
+
+class Track(Section):
+    """Where the numbers go."""
+
+    log_every: PositiveInt = 10
+    """Optimizer steps between two lines of the log and of metrics.jsonl."""
+
+    progress: Literal["auto", "bar", "plain", "none"] = "auto"
+    """What the terminal shows; auto draws a bar on a terminal and writes plain lines elsewhere."""
+
+    wandb: Annotated[Literal["auto", "online", "offline", "disabled"], Available("disabled")] = "disabled"
+    """Whether numbers go to Weights & Biases; auto: where it is installed and logged in."""
+
+    tensorboard: Annotated[bool, Available(False)] = False
+    """Whether numbers go to TensorBoard's files."""
+
+
+class Health(Section):
+    """What is watched, and what happens when it goes wrong."""
+
+    hang_timeout_s: Annotated[PositiveFloat | None, Available(None)] = None
+    """Seconds without a step after which a rank counts as hanging; null: never."""
+
+    startup_timeout_s: Annotated[PositiveFloat | None, Available(None)] = None
+    """Seconds that everything before the first step may take; null: as long as it likes."""
+
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do when a loss or a gradient norm is not finite: stop, or leave that step out."""
+
+
+class Profile(Section):
+    """Which steps to profile."""
+
+    steps: Annotated[ListOf[NonNegativeInt], Field(min_length=2, max_length=2)]
+    """The first step that is profiled, and the one after the last."""
+
+
+class Launch(Section):
+    """How `bigtrain launch` starts the processes."""
+
+    target: Annotated[Literal["local", "slurm"], Available("local")] = "local"
+    """Where the processes are started."""
+
+    nproc: Literal["auto"] | PositiveInt = "auto"
+    """Processes on each node; auto takes one for each GPU, or one where there is none."""
+
+    nodes: Annotated[PositiveInt, Available(1)] = 1
+    """How many nodes to start on."""
+
+    profile: Annotated[str | None, Available(None)] = None
+    """The cluster's profile: its name, or its file."""
+
+    max_restarts: Annotated[NonNegativeInt, Available(0)] = 0
+    """How often the run may be started again without having made progress."""

@@ -1,0 +1,120 @@
+"""The whole run file as one typed value: each key, with its type, range, default and help, declared once.
+
+The fields of `Config` stand in the order of the run file. `loader` reads files into it; this module reads
+nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from bigtrain.config.fields import Available, Named, Section
+from bigtrain.config.operation import (
+    Checkpoint,
+    DeepSpeed,
+    Engine,
+    Eval,
+    EveryBlocks,
+    Fsdp,
+    Health,
+    Launch,
+    Profile,
+    Track,
+)
+from bigtrain.config.training import (
+    Data,
+    EvalData,
+    Finetune,
+    HeldOut,
+    Optim,
+    OptimGroup,
+    Run,
+    Schedule,
+    Train,
+    Transforms,
+    Unfreeze,
+)
+
+__all__ = [
+    "Checkpoint",
+    "Config",
+    "Data",
+    "DeepSpeed",
+    "Engine",
+    "Eval",
+    "EvalData",
+    "EveryBlocks",
+    "Finetune",
+    "Fsdp",
+    "Health",
+    "HeldOut",
+    "Launch",
+    "Named",
+    "Optim",
+    "OptimGroup",
+    "Profile",
+    "Run",
+    "Schedule",
+    "Section",
+    "Track",
+    "Train",
+    "Transforms",
+    "Unfreeze",
+]
+
+
+class Config(Section):
+    """A whole run file."""
+
+    run: Run = Field(default_factory=Run)
+    """The run's name, folder and seed."""
+
+    task: Named
+    """What is learnt: classification, causal_lm, regression, or pkg.mod:Class for your own."""
+
+    model: Named
+    """bigmodel, simple_cnn, gpt, torchvision/<builder>, or pkg.mod:factory for your own."""
+
+    data: Data
+    """Where the samples come from and how they are cut into batches."""
+
+    train: Train
+    """How long to train: exactly one of epochs and steps."""
+
+    optim: Optim = Field(default_factory=Optim)
+    """The optimizer, its groups and its learning rate."""
+
+    engine: Engine = Field(default_factory=Engine)
+    """What spreads the training over processes."""
+
+    precision: Annotated[Literal["fp32", "bf16", "fp64"], Available("fp32", "fp64")] = "fp32"
+    """The numbers of forward and backward; bf16 keeps its master weights in fp32, and fp64 is for proofs."""
+
+    compile: Annotated[Literal["none", "blocks", "model"], Available("none")] = "none"
+    """What torch.compile compiles: nothing, each block, or the whole model."""
+
+    activation_checkpointing: Annotated[Literal["none", "full", "ops"] | EveryBlocks, Available("none")] = "none"
+    """Which activations are computed again in the backward pass; {every: 2}: those of every second block."""
+
+    finetune: Finetune = Field(default_factory=Finetune)
+    """What the weights start from, and which of them train."""
+
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    """When the training state is saved, and how long it is kept."""
+
+    eval: Eval = Field(default_factory=Eval)
+    """When the model is evaluated, and on how much."""
+
+    track: Track = Field(default_factory=Track)
+    """Where the numbers go."""
+
+    health: Health = Field(default_factory=Health)
+    """What is watched, and what happens when it goes wrong."""
+
+    profile: Annotated[Profile | None, Available(None)] = None
+    """Which steps to profile; null: none."""
+
+    launch: Launch = Field(default_factory=Launch)
+    """How `bigtrain launch` starts the processes."""

@@ -1,0 +1,297 @@
+"""The sections that say what is trained: the run, its data, its length, its optimizer, its frozen parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from bigtrain.config.fields import (
+    Available,
+    Factor,
+    ListOf,
+    Name,
+    Named,
+    Patterns,
+    Section,
+    Seed,
+    Share,
+    refuse,
+)
+
+
+def _is_not_empty(value: str) -> str:
+    if not value.strip():
+        raise refuse("is empty", "give a path")
+    return value
+
+
+class Run(Section):
+    """What the run is called, where its folder stands, and what its random numbers start from."""
+
+    name: str = "run"
+    """The run's name and its folder's; by default the run file's name without its ending."""
+
+    dir: Annotated[str, AfterValidator(_is_not_empty)] = "runs"
+    """The folder in which the run's own folder is made."""
+
+    seed: Seed = 0
+    """The seed of the initial weights, of the order of the samples and of every other random choice."""
+
+    deterministic: bool = False
+    """Use only deterministic algorithms, also where they are slower."""
+
+    threads: Literal["auto"] | PositiveInt = "auto"
+    """CPU threads of each process; auto shares the machine's cores among its processes."""
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, value: str) -> str:
+        fits = 0 < len(value.encode()) <= 200 and value.isprintable() and value[0] not in ".-"
+        if not fits or {"/", "\\"} & set(value):
+            raise refuse(
+                "cannot name a folder",
+                "use up to 200 letters, digits, dots, underscores and dashes; begin with a letter or a digit",
+            )
+        return value
+
+
+class HeldOut(Section):
+    """A share of the training data that is kept for evaluation."""
+
+    split: Share
+    """The share of the samples that is held out, between 0 and 1."""
+
+
+class Transforms(Section):
+    """What is done to each sample, in this order."""
+
+    train: ListOf[Named] = ()
+    """Transforms of training samples: names in torchvision.transforms.v2, with their args."""
+
+    eval: ListOf[Named] = ()
+    """Transforms of evaluation samples: names in torchvision.transforms.v2, with their args."""
+
+
+def _none_for_null(value: Any) -> Any:
+    return "none" if value is None else value
+
+
+def _kind_of_eval(value: Any) -> str:
+    if value == "none":
+        return "no evaluation"
+    is_split = isinstance(value, Mapping) and not value.keys() & {"name", "args"}
+    return "held out" if is_split or isinstance(value, HeldOut) else "data of its own"
+
+
+EvalData = Annotated[
+    Annotated[Literal["none"], Tag("no evaluation")]
+    | Annotated[HeldOut, Tag("held out")]
+    | Annotated[Named, Tag("data of its own")],
+    Discriminator(_kind_of_eval),
+    BeforeValidator(_none_for_null),
+]
+
+
+class Data(Section):
+    """Where the samples come from and how they are cut into batches."""
+
+    name: Name
+    """digits, torchvision/<Dataset>, image_folder, text, tokens, csv, synthetic, or pkg.mod:factory."""
+
+    args: dict[str, Any] = Field(default_factory=dict)
+    """The keyword arguments that the data are built with."""
+
+    eval: EvalData = Field(default_factory=lambda: HeldOut(split=0.1))
+    """What is evaluated on: a share held out, {split: 0.1}; data of its own, {name, args}; or none."""
+
+    split_seed: Seed = 0
+    """The seed that chooses the held-out samples; run.seed does not move them."""
+
+    transforms: Transforms = Field(default_factory=Transforms)
+    """What is done to each sample before it is batched."""
+
+    batch_size: PositiveInt = 64
+    """Samples in an optimizer step, over all processes together."""
+
+    workers: NonNegativeInt = 0
+    """Processes that fetch samples for each rank; 0 fetches them in the rank itself."""
+
+
+class Train(Section):
+    """How long to train: exactly one of epochs and steps."""
+
+    epochs: PositiveInt | None = None
+    """How often to go through the training samples; or give train.steps."""
+
+    steps: PositiveInt | None = None
+    """How many optimizer steps to take; or give train.epochs."""
+
+    micro_batch_size: PositiveInt | None = None
+    """The most samples a process runs at once; accumulation follows from it. null: its share of the batch."""
+
+    @field_validator("steps")
+    @classmethod
+    def _not_both(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("epochs") is not None:
+            raise refuse("cannot stand beside train.epochs", "keep one of train.epochs and train.steps")
+        return value
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Train:
+        if self.epochs is None and self.steps is None:
+            raise refuse("does not say how long to train", "give train.epochs or train.steps")
+        return self
+
+
+class OptimGroup(Section):
+    """Parameters with hyperparameters of their own."""
+
+    match: Annotated[Patterns, Field(min_length=1)]
+    """Patterns of parameter names, as in a shell: head.*, or a list of them."""
+
+    lr: NonNegativeFloat | None = None
+    """These parameters' own learning rate; null: optim.lr."""
+
+    weight_decay: NonNegativeFloat | None = None
+    """These parameters' own weight decay; null: optim.weight_decay."""
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> OptimGroup:
+        if self.lr is None and self.weight_decay is None:
+            raise refuse("changes nothing", "give the group lr, weight_decay or both, or take it out")
+        return self
+
+
+class Schedule(Section):
+    """How the learning rate moves: a factor on every group's own rate. Each shape has keys of its own."""
+
+    shorthand = "name"
+    uses: ClassVar[dict[str, frozenset[str]]] = {
+        "constant": frozenset(),
+        "step": frozenset({"unit", "step_size", "gamma"}),
+        "linear": frozenset({"unit", "min_factor"}),
+        "cosine": frozenset({"unit", "min_factor"}),
+        "wsd": frozenset({"unit", "decay", "min_factor"}),
+    }
+
+    name: Literal["constant", "step", "linear", "cosine", "wsd"] = "constant"
+    """The shape after the warm-up; wsd stays at 1 and decays linearly at the end of the run."""
+
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps over which the learning rate rises linearly from 0."""
+
+    unit: Literal["step", "epoch"] = "step"
+    """Whether the factor changes at every step or only between epochs; step_size counts in it, too."""
+
+    step_size: PositiveInt = 1
+    """After how many units the step schedule multiplies the rate by gamma; it has to be given."""
+
+    gamma: PositiveFloat = 0.1
+    """What the step schedule multiplies the rate by."""
+
+    decay: Factor = 0.1
+    """The share of the run that wsd spends decaying, at its end."""
+
+    min_factor: Factor = 0.0
+    """The factor at which linear, cosine and wsd end."""
+
+    @field_validator("unit", "step_size", "gamma", "decay", "min_factor")
+    @classmethod
+    def _is_used(cls, value: Any, info: ValidationInfo) -> Any:
+        name, key = info.data.get("name"), info.field_name
+        if name and key not in cls.uses[name]:
+            users = ", ".join(user for user, keys in cls.uses.items() if key in keys)
+            raise refuse(f"means nothing to the schedule {name}", f"take the key out; it belongs to {users}")
+        return value
+
+    @model_validator(mode="after")
+    def _says_when(self) -> Schedule:
+        if self.name == "step" and "step_size" not in self.model_fields_set:
+            raise refuse("does not say when to step", "give optim.schedule.step_size, in units of its unit")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        used = self.uses[self.name] | {"name", "warmup_steps"}
+        return {key: value for key, value in handler(self).items() if key in used}
+
+
+class Optim(Section):
+    """The optimizer, its groups of parameters and its learning rate."""
+
+    name: Name = "adamw"
+    """sgd, adam, adamw, or pkg.mod:Class for your own."""
+
+    lr: NonNegativeFloat = 1e-3
+    """The learning rate, before the schedule's factor."""
+
+    weight_decay: NonNegativeFloat = 0.01
+    """The weight decay of all parameters but norms, biases and those of fewer than two dimensions."""
+
+    decay_norms_and_biases: bool = False
+    """Decay norms, biases and parameters of fewer than two dimensions as well."""
+
+    clip_grad_norm: PositiveFloat | None = 1.0
+    """The norm, over all gradients, down to which larger ones are scaled; null: they are left alone."""
+
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the optimizer's class: betas, eps, momentum, nesterov and so on."""
+
+    groups: ListOf[OptimGroup] = ()
+    """Groups with a rate or weight decay of their own; the last one that matches a parameter wins."""
+
+    schedule: Schedule = Field(default_factory=Schedule)
+    """How the learning rate moves over the run."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        if ":" not in value and value not in ("sgd", "adam", "adamw"):
+            raise refuse("is not an optimizer", "take sgd, adam, adamw, or pkg.mod:Class for your own")
+        return value
+
+
+class Unfreeze(Section):
+    """Frozen parameters that begin to train at an epoch."""
+
+    at_epoch: PositiveInt
+    """The epoch, counted from 0, at whose start these parameters begin to train."""
+
+    match: Annotated[Patterns, Field(min_length=1)]
+    """Patterns of parameter names, as in a shell: layer4.*, or a list of them."""
+
+    lr_scale: PositiveFloat = 1.0
+    """A factor on the learning rate of these parameters."""
+
+
+class Finetune(Section):
+    """What the weights start from, and which of them train."""
+
+    init_from: Annotated[str | None, Available(None)] = None
+    """What the weights start from: a checkpoint, a run, a .safetensors or .pt file, a Hugging Face folder."""
+
+    freeze: Patterns = ()
+    """Patterns of the parameters that do not train; one that matches nothing is an error."""
+
+    unfreeze: Annotated[ListOf[Unfreeze], Available(())] = ()
+    """When frozen parameters begin to train: a list of {at_epoch, match, lr_scale}."""
+
+    layer_decay: Annotated[Share | None, Available(None)] = None
+    """A factor on the learning rate for each block further from the output; null: one rate for all."""

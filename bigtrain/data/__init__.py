@@ -1,0 +1,215 @@
+"""Data by name, and batches for one rank.
+
+`build` makes the datasets of a run file; `TrainLoader` and `EvalLoader` cut them into batches. A source is a
+function `factory(split, **args)`, ours and a user's alike. This package knows neither models nor engines nor
+devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
+from typing import Any
+
+from torch.utils.data import IterableDataset
+
+from bigtrain.data.fingerprints import Digest, fingerprint
+from bigtrain.data.loader import EvalLoader, StepBatch, TrainLoader
+from bigtrain.data.plan import Position
+from bigtrain.data.split import split
+from bigtrain.data.transforms import Named, Transformed
+from bigtrain.errors import DataError
+from bigtrain.named import call, load, suggest
+from bigtrain.protocols import Dataset
+
+__all__ = ["DataSets", "EvalLoader", "Position", "StepBatch", "TrainLoader", "build", "combine", "create"]
+
+_OWN = {
+    "digits": "bigtrain.data.images:digits",
+    "image_folder": "bigtrain.data.images:image_folder",
+    "text": "bigtrain.data.text:text",
+    "tokens": "bigtrain.data.text:tokens",
+    "synthetic": "bigtrain.data.synthetic:synthetic",
+}
+_TORCHVISION = "torchvision/"
+_HAVE_ONE_PART = ("image_folder", "text", "tokens")  # which samples they have does not depend on the split
+
+
+@dataclass(frozen=True)
+class DataSets:
+    """What a run reads.
+
+    Attributes:
+        train: The samples to train on.
+        eval: The samples to evaluate on; None where there are none.
+        fingerprint: Changes when either does.
+    """
+
+    train: Dataset
+    eval: Dataset | None
+    fingerprint: str
+
+
+def create(name: str, split: str, args: Mapping[str, Any] | None = None, *, where: str = "data") -> Dataset:
+    """A dataset by name.
+
+    Args:
+        name: One of ours, `torchvision/<Dataset>`, or `package.module:factory`; `factory(split, **args)`
+            returns a dataset.
+        split: `train` or `eval`.
+        args: Its arguments.
+        where: The key of the run file that holds `name` and `args`, for errors.
+
+    Raises:
+        DataError: If there is no such source, an argument does not fit, or no usable dataset comes out.
+    """
+    args = dict(args or {})
+    if name.startswith(_TORCHVISION):
+        from bigtrain.data import torchvision_datasets
+
+        made: Any = torchvision_datasets.create(name.removeprefix(_TORCHVISION), split, args, where=f"{where}.args")
+    else:
+        factory: Callable[..., Any] = load(_find(name, where), error=DataError, where=f"{where}.name")
+        made = call(partial(factory, split), args, name=name, error=DataError, where=f"{where}.args")
+    return checked(made, name, where=where)
+
+
+def build(
+    name: str,
+    args: Mapping[str, Any] | None = None,
+    *,
+    evaluation: float | Named | None = None,
+    split_seed: int = 0,
+    train_transforms: Sequence[Named] = (),
+    eval_transforms: Sequence[Named] = (),
+) -> DataSets:
+    """The datasets of a run file.
+
+    Args:
+        name: As for `create`.
+        args: As for `create`.
+        evaluation: A share of the samples to hold out; data of their own, by name and args; or None.
+        split_seed: Chooses the samples that are held out.
+        train_transforms: What is done to the images of training samples.
+        eval_transforms: What is done to the images of evaluation samples.
+
+    Raises:
+        DataError: If anything of it cannot be found or read, or does not fit together.
+    """
+    train = create(name, "train", args)
+    if evaluation is None or isinstance(evaluation, (int, float)):
+        held_out: Dataset | float | None = evaluation
+    else:
+        if name == evaluation.name in _HAVE_ONE_PART and dict(args or {}) == dict(evaluation.args):
+            raise DataError(
+                f"evaluation would see the samples of training: both are {name} with the same args",
+                where="data.eval",
+                remedy="give other args, or hold out a share: data.eval: {split: 0.1}",
+            )
+        held_out = create(evaluation.name, "eval", evaluation.args, where="data.eval")
+    return combine(
+        train,
+        held_out,
+        split_seed=split_seed,
+        train_transforms=train_transforms,
+        eval_transforms=eval_transforms,
+    )
+
+
+def combine(
+    train: Dataset,
+    evaluation: Dataset | float | None = None,
+    *,
+    split_seed: int = 0,
+    train_transforms: Sequence[Named] = (),
+    eval_transforms: Sequence[Named] = (),
+) -> DataSets:
+    """Datasets that exist already, made ready for loaders.
+
+    Args:
+        train: The samples to train on, and to hold a share out of.
+        evaluation: The samples to evaluate on, the share to hold out, or None.
+        split_seed: Chooses the samples that are held out.
+        train_transforms: What is done to the images of training samples.
+        eval_transforms: What is done to the images of evaluation samples.
+
+    Raises:
+        DataError: If one is a stream or empty, or they do not fit together.
+    """
+    checked(train, type(train).__name__, where="data")
+    seen_in_training = _transformed(train, train_transforms, "data.transforms.train")
+    if evaluation is None:
+        return DataSets(seen_in_training, None, fingerprint(train))
+    if isinstance(evaluation, (int, float)):
+        seen_in_evaluation = _transformed(train, eval_transforms, "data.transforms.eval")
+        rest, held_out = split(seen_in_training, seen_in_evaluation, evaluation, split_seed)
+        return DataSets(rest, held_out, str(Digest(fingerprint(train), f"{evaluation} {split_seed}")))
+    checked(evaluation, type(evaluation).__name__, where="data.eval")
+    _check_same_classes(train, evaluation)
+    seen_in_evaluation = _transformed(evaluation, eval_transforms, "data.transforms.eval")
+    return DataSets(seen_in_training, seen_in_evaluation, str(Digest(fingerprint(train), fingerprint(evaluation))))
+
+
+def checked(dataset: Any, name: str, *, where: str) -> Dataset:
+    """The dataset, if its samples have numbers and there are any.
+
+    Raises:
+        DataError: If it is a stream, not a dataset at all, or empty.
+    """
+    try:
+        length = None if isinstance(dataset, IterableDataset) else len(dataset)
+    except (TypeError, NotImplementedError):
+        length = None
+    if length is None or not hasattr(dataset, "__getitem__"):
+        raise DataError(
+            f"{name} is a stream, {type(dataset).__name__}: it has no __len__ and __getitem__",
+            where=where,
+            remedy="number its samples: only then is their order the same for any number of processes, and\n"
+            "can a run go on in the middle. Write the stream to files once and open them by number (for\n"
+            "text, `bigtrain data pack` does so and data.name: tokens reads it), or keep an index of where\n"
+            "samples begin",
+        )
+    if length == 0:
+        raise DataError(
+            f"the dataset {name} is empty",
+            where=where,
+            remedy="check the path and the filters that it is made with",
+        )
+    return dataset  # type: ignore[no-any-return]
+
+
+def _find(name: str, where: str) -> str:
+    """Where the factory of a source lies, as `package.module:attribute`."""
+    if ":" in name:
+        return name
+    if name == "csv":
+        raise DataError(
+            "the data 'csv' are not available yet",
+            where=f"{where}.name",
+            remedy="use package.module:factory, with a factory of your own that reads the file",
+        )
+    if name not in _OWN:
+        remedy = (
+            suggest(name, [*_OWN, "torchvision/<Dataset>"], "sources") + "\ndata of your own are package.module:factory"
+        )
+        raise DataError(f"there are no data {name!r}", where=f"{where}.name", remedy=remedy)
+    return _OWN[name]
+
+
+def _transformed(dataset: Dataset, transforms: Sequence[Named], where: str) -> Dataset:
+    if transforms or getattr(dataset, "has_pillow_images", False):
+        return Transformed(dataset, transforms, where=where)
+    return dataset
+
+
+def _check_same_classes(train: Dataset, evaluation: Dataset) -> None:
+    names, others = getattr(train, "class_names", None), getattr(evaluation, "class_names", None)
+    if names and others and list(names) != list(others):
+        different = next(pair for pair in zip_longest(names, others) if pair[0] != pair[1])
+        raise DataError(
+            f"training and evaluation have different classes: {different[0]!r} and {different[1]!r}",
+            where="data.eval",
+            remedy="give both the same classes, so that labels mean the same",
+        )

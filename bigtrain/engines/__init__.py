@@ -1,0 +1,56 @@
+"""How a training is spread over processes: one module an engine, one contract (`base.Engine`) for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from bigtrain.dist import World
+from bigtrain.engines.base import Choices, Engine, StepResult
+from bigtrain.optim import OptimizerPlan
+
+__all__ = ["Choices", "Engine", "StepResult", "build", "choose", "needs_group", "shards"]
+
+NAMES = ("single", "ddp", "fsdp")
+
+
+def choose(name: str, num_processes: int) -> tuple[str, str]:
+    """The engine that `auto` means, and why; any other name is itself."""
+    if name != "auto":
+        return name, "asked for"
+    if num_processes == 1:
+        return "single", "there is one process"
+    return "fsdp", f"it shards weights, gradients and optimizer state over the {num_processes} processes"
+
+
+def needs_group(name: str) -> bool:
+    """Whether the engine needs a process group even in a world of one."""
+    return name != "single"
+
+
+def shards(name: str) -> bool:
+    """Whether the engine cuts the model up itself, so that it must not be filled or moved before."""
+    return name == "fsdp"
+
+
+def build(
+    name: str,
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    plan: OptimizerPlan,
+    world: World,
+    choices: Choices,
+) -> Engine:
+    """Build an engine around a prepared model. Every rank must call it."""
+    if name == "single":
+        from bigtrain.engines.single import SingleEngine
+
+        return SingleEngine(model, plan, world, choices)
+    if name == "ddp":
+        from bigtrain.engines.ddp import DDPEngine
+
+        return DDPEngine(model, plan, world, choices)
+    from bigtrain.engines.fsdp import FSDPEngine
+
+    return FSDPEngine(model, blocks, plan, world, choices)

@@ -1,0 +1,305 @@
+"""The contract of an engine, and what the engines built on torch alone share.
+
+An engine owns the model, the optimizer and the communication between ranks. It knows no loop, no data and no files:
+it is given sums of losses and says what a step did. `state()` and `load()` speak of named pieces, never of the
+engine's own layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from bigtrain.dist import World
+from bigtrain.engines import slots
+from bigtrain.optim import OptimizerPlan
+from bigtrain.protocols import LossSum
+from bigtrain.state import BUFFER, WEIGHT, Box, EngineState, Piece, Reader, whole
+
+# torch.nn.utils.clip_grads_with_norm_ adds this to the norm; the same here, so that clipping is torch's to the last
+# bit.
+_CLIP_EPSILON = 1e-6
+# A global batch without a single target divides zero by this instead of by zero.
+_LEAST_COUNT = 1e-30
+# Elements whose norm on the host is exact enough in float32: measured, 65,536 give 1e-7.
+_NORM_CHUNK = 1 << 16
+
+Fill = Callable[[Sequence[Piece]], None]
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step did; tensors of shape () on the device, the same on every rank.
+
+    Attributes:
+        loss: The mean over all targets of the global batch, float64.
+        norm: The gradient's norm before clipping, float64.
+        skipped: Whether loss or norm was not finite, so that the weights were left as they were.
+    """
+
+    loss: Tensor
+    norm: Tensor
+    skipped: Tensor
+
+
+class Engine(Protocol):
+    """Spreads one training over processes."""
+
+    name: str
+    model: nn.Module  # call it for forward
+
+    def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of one microbatch; communication may wait for the last one of a step."""
+
+    def backward(self, result: LossSum) -> None:
+        """Add the gradient of this microbatch's sum of losses, and the sum itself, to the step's."""
+
+    def step(self, lr_scale: float) -> StepResult:
+        """Divide by the targets of the whole global batch, clip, update, zero. Every rank must call it.
+
+        Args:
+            lr_scale: The schedule's factor on every group's own rate.
+        """
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Evaluation mode without gradients; training goes on afterwards as if nothing had been."""
+
+    def state(self) -> EngineState:
+        """Views of this rank's pieces. Nothing is copied, and no rank waits for another."""
+
+    def load(self, reader: Reader) -> None:
+        """Fill those pieces in place. Every rank must call it.
+
+        Raises:
+            StateError: Listing everything that is missing, extra or misshapen; nothing has been changed then.
+        """
+
+    def close(self) -> None:
+        """Let go of everything: after it, nothing of the engine is left in the process."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the run file says to an engine.
+
+    Attributes:
+        clip_grad_norm: The largest norm a gradient may have; None leaves it.
+        shard_size: Ranks that share one copy of the model; None means all.
+        reshard_after_forward: Give back a block's gathered parameters between forward and backward.
+        cpu_offload: Keep shards on the host.
+        fill: Gives initial values to the pieces of a model that was built on the meta device.
+    """
+
+    clip_grad_norm: float | None = None
+    shard_size: int | None = None
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+    fill: Fill | None = None
+
+
+@dataclass(frozen=True)
+class Held:
+    """A parameter or persistent buffer as this rank holds it.
+
+    Attributes:
+        tensor: What the module holds; a DTensor where it is sharded.
+        shape: The full tensor's shape.
+        box: The part that is here.
+        is_owner: Whether this rank stands for that part.
+    """
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    box: Box
+    is_owner: bool
+
+    @property
+    def local(self) -> Tensor:
+        """The memory itself, of the box's size."""
+        return slots.local(self.tensor)
+
+
+class TorchEngine:
+    """The arithmetic of a step for models whose parameters are plain tensors or DTensors.
+
+    A subclass says how the model is wrapped (`model`), where the parts lie (`_held`), and how sums travel.
+
+    Args:
+        plain: The module whose names count.
+        wrapped: What is called for forward.
+        plan: The optimizer to build.
+        world: This rank's place.
+        choices: What the run file says.
+    """
+
+    name = "?"
+
+    def __init__(
+        self, plain: nn.Module, wrapped: nn.Module, plan: OptimizerPlan, world: World, choices: Choices
+    ) -> None:
+        self.model = wrapped
+        self._plain = plain
+        self._world = world
+        self._clip = choices.clip_grad_norm
+        self._weights = {name: self._held(p, i) for i, (name, p) in enumerate(plain.named_parameters())}
+        self._buffers = {name: self._held(b, i) for i, (name, b) in enumerate(persistent_buffers(plain).items())}
+        if choices.fill:
+            choices.fill(self.weight_pieces())
+        self._trained = [name for group in plan.groups for name in group.names]
+        self._updated = self._tensors_to_update(plan)
+        self._optimizer = plan.build(self._updated)
+        self._fused = plan.fusable
+        slots.zero_momentum(self._optimizer)
+        self._is_double = any(p.dtype == torch.float64 for p in self._updated.values())
+        self._loss = torch.zeros((), dtype=torch.float64, device=world.device)
+        self._count = torch.zeros((), dtype=torch.float64, device=world.device)
+
+    # ---- what a subclass may change
+    # -------------------------------------------------------------------------------------
+
+    def _held(self, tensor: Tensor, position: int) -> Held:
+        """Where the parts of a tensor lie; replicated tensors are owned in turn, to spread the writing of them."""
+        return Held(tensor, tuple(tensor.shape), whole(tensor.shape), position % self._world.size == self._world.rank)
+
+    def _tensors_to_update(self, plan: OptimizerPlan) -> dict[str, Tensor]:
+        """The tensors the optimizer sees, by name."""
+        return {name: self._weights[name].tensor for name in self._trained}
+
+    def _collect_gradients(self) -> list[Tensor]:
+        """Local gradients of the step, after all communication of them."""
+        return [p.grad for p in self._updated.values() if p.grad is not None]
+
+    def _squared_norm(self, gradients: list[Tensor]) -> Tensor:
+        """This rank's part of the squared norm of the whole gradient sum, such that the ranks' parts add up to it."""
+        return get_total_norm(_in_chunks(gradients)).double().square()
+
+    def _reduce(self, sums: Tensor) -> Tensor:
+        """Add up over ranks: squared norm, loss, count."""
+        return sums
+
+    @contextmanager
+    def microbatch(self, *, last: bool) -> Iterator[None]:
+        """Around forward and backward of one microbatch."""
+        yield
+
+    def _zero(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _after_evaluation(self) -> None:
+        """Undo what evaluation forwards leave behind."""
+
+    # ---- the contract
+    # ---------------------------------------------------------------------------------------------------
+
+    def backward(self, result: LossSum) -> None:
+        """Add the gradient of this microbatch's sum of losses, and the sum itself, to the step's."""
+        result.total.backward()  # type: ignore[no-untyped-call]
+        self._loss += result.total.detach()
+        self._count += result.count
+
+    @torch.no_grad()
+    def step(self, lr_scale: float) -> StepResult:
+        """Divide by the targets of the whole global batch, clip, update, zero."""
+        gradients = self._collect_gradients()
+        sums = torch.stack((self._squared_norm(gradients).to(self._loss.device), self._loss, self._count))
+        squared, loss, count = self._reduce(sums).unbind()
+        count = count.clamp_min(_LEAST_COUNT)
+        loss, norm = loss / count, squared.sqrt() / count
+        skipped = (loss + norm).isfinite().logical_not()
+        divisor = count if self._clip is None else count * ((norm + _CLIP_EPSILON) / self._clip).clamp_min(1.0)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale
+        self._update(gradients, divisor, skipped)
+        self._zero()
+        self._loss.zero_()
+        self._count.zero_()
+        return StepResult(loss, norm, skipped)
+
+    def _update(self, gradients: list[Tensor], divisor: Tensor, skipped: Tensor) -> None:
+        if self._fused:
+            # torch's fused kernels divide by grad_scale and skip where found_inf is 1, on the device: nobody waits.
+            # They read grad_scale as float32, so a float64 gradient is divided beforehand.
+            if self._is_double:
+                torch._foreach_div_(gradients, divisor)
+            else:
+                self._optimizer.grad_scale = divisor.float()  # type: ignore[attr-defined]
+            self._optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+            self._optimizer.step()
+        elif not skipped.item():
+            torch._foreach_div_(gradients, divisor)
+            self._optimizer.step()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode without gradients."""
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train()
+            self._after_evaluation()
+
+    def state(self) -> EngineState:
+        """Views of this rank's pieces."""
+        pieces = self.weight_pieces()
+        for name in self._trained:
+            held = self._weights[name]
+            pieces += slots.pieces(self._optimizer, self._updated[name], name, held.shape, held.box, held.is_owner)
+        return EngineState(pieces, slots.hyper(self._optimizer))
+
+    @torch.no_grad()
+    def load(self, reader: Reader) -> None:
+        """Fill the pieces in place."""
+        weights = self.weight_pieces()
+        slots.check(reader, weights, set(self._trained))
+        for piece in weights:
+            reader.read_into(piece.kind, piece.name, piece.box, piece.data)
+        for name in self._trained:
+            slots.load(self._optimizer, self._updated[name], name, self._weights[name].box, reader, fused=self._fused)
+        slots.set_hyper(self._optimizer, reader.hyper)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._optimizer.state.clear()
+        self._optimizer.param_groups.clear()
+        for attribute in ("model", "_plain", "_weights", "_buffers", "_updated"):
+            delattr(self, attribute)
+
+    def weight_pieces(self) -> list[Piece]:
+        """The pieces of weights and buffers, without the optimizer's."""
+        pieces = [self._piece(name, WEIGHT, held) for name, held in self._weights.items()]
+        return pieces + [self._piece(name, BUFFER, held) for name, held in self._buffers.items()]
+
+    def _piece(self, name: str, kind: str, held: Held) -> Piece:
+        local = held.local.detach()
+        return Piece(name, kind, held.shape, local.dtype, held.box, local, held.is_owner)
+
+
+def _in_chunks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Large tensors on the host in views of a size whose float32 norm torch computes to the last bits.
+
+    Over 4 million elements it is off by 1e-4, which then depends on how the tensor is sharded.
+    """
+    chunks: list[Tensor] = []
+    for tensor in tensors:
+        if tensor.numel() > _NORM_CHUNK and tensor.device.type == "cpu":
+            chunks.extend(torch.split(tensor.reshape(-1), _NORM_CHUNK))
+        else:
+            chunks.append(tensor)
+    return chunks
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to the state, by name; those computed anew (rotary tables, masks) do not."""
+    kept: dict[str, Tensor] = {}
+    for prefix, child in module.named_modules():
+        for name, buffer in child.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in child._non_persistent_buffers_set:
+                kept[name] = buffer
+    return kept

@@ -1,0 +1,61 @@
+"""DistributedDataParallel: every rank holds the whole model, gradients are summed bucket by bucket while backward runs.
+
+Annotations are not postponed in this module: torch compares those of a communication hook with the classes themselves.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
+from torch.nn.parallel import DistributedDataParallel
+
+from bigtrain.dist import World
+from bigtrain.engines.base import Choices, TorchEngine
+from bigtrain.optim import OptimizerPlan
+
+# torch 2.15 renames the switch, and warns about the old name.
+_NAMES = inspect.signature(DistributedDataParallel).parameters
+_NO_BUFFER_SYNC = "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers"
+
+
+class DDPEngine(TorchEngine):
+    """Replicates the model."""
+
+    name = "ddp"
+
+    def __init__(self, model: nn.Module, plan: OptimizerPlan, world: World, choices: Choices) -> None:
+        no_sync: dict[str, Any] = {_NO_BUFFER_SYNC: False}
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[world.device.index] if world.device.type == "cuda" else None,
+            process_group=world.group,
+            gradient_as_bucket_view=True,
+            **no_sync,  # buffers that ranks would change differently are refused before
+        )
+        # Sums: the loss is divided by the targets of the global batch, not by the number of ranks.
+        wrapped.register_comm_hook(world.group, _sum_bucket)
+        super().__init__(model, wrapped, plan, world, choices)
+
+    @contextmanager
+    def microbatch(self, *, last: bool) -> Iterator[None]:
+        """Sum the gradients over ranks in the last microbatch only."""
+        if last:
+            yield
+        else:
+            with self.model.no_sync():  # type: ignore[operator]
+                yield
+
+    def _reduce(self, sums: Tensor) -> Tensor:
+        # The gradient is the same on every rank already; loss and count are not.
+        self._world.all_reduce(sums[1:])
+        return sums
+
+
+def _sum_bucket(group: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])

@@ -1,0 +1,166 @@
+"""FSDP2 (`torch.distributed.fsdp.fully_shard`): everything sharded by rows over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from bigtrain.dist import World
+from bigtrain.engines.base import Choices, Held, TorchEngine
+from bigtrain.errors import CombinationError
+from bigtrain.optim import OptimizerPlan
+from bigtrain.state import Box
+
+
+class FSDPEngine(TorchEngine):
+    """Shards the model, block by block.
+
+    Args:
+        model: The plain module; on the meta device if `choices.fill` gives it values.
+        blocks: Its repeated parts, each gathered and given back on its own.
+        plan: The optimizer to build.
+        world: This rank's place.
+        choices: What the run file says.
+    """
+
+    name = "fsdp"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        plan: OptimizerPlan,
+        world: World,
+        choices: Choices,
+    ) -> None:
+        self._mesh = _mesh(world, choices.shard_size)
+        # fully_shard refuses 0-dim parameters: they stay whole, and their gradients are summed in _collect_gradients.
+        scalars = {p for p in model.parameters() if p.ndim == 0}
+        offload: OffloadPolicy = CPUOffloadPolicy() if _may_offload(world, choices) else OffloadPolicy()
+        for part in (*blocks, model):
+            fully_shard(
+                part,
+                mesh=self._mesh,
+                reshard_after_forward=choices.reshard_after_forward,
+                offload_policy=offload,
+                ignored_params=scalars,
+            )
+        for module in _sharded_modules(model):
+            # Sums instead of means; both switches on every module, they are not recursive.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+        if choices.fill:
+            model.to_empty(device="cpu" if choices.cpu_offload else world.device)
+        self._locals_are_fresh = False
+        super().__init__(model, model, plan, world, choices)
+        self._scalars = [p for p in self._updated.values() if p.ndim == 0]
+
+    def _held(self, tensor: Tensor, position: int) -> Held:
+        if not isinstance(tensor, DTensor):
+            return super()._held(tensor, position)
+        size, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        replica = self._mesh.get_local_rank("replicate") if self._mesh.ndim == 2 else 0
+        replicas = self._mesh.size(0) if self._mesh.ndim == 2 else 1
+        return Held(tensor, tuple(tensor.shape), Box(tuple(offset), tuple(size)), position % replicas == replica)
+
+    def _tensors_to_update(self, plan: OptimizerPlan) -> dict[str, Tensor]:
+        if not plan.elementwise:
+            return super()._tensors_to_update(plan)
+        # Shards as plain tensors: an elementwise update needs no DTensor, and going through one costs several times
+        # the update.
+        return {
+            name: nn.Parameter(held.local) if isinstance(held.tensor, DTensor) else held.tensor
+            for name, held in ((name, self._weights[name]) for name in self._trained)
+        }
+
+    def _collect_gradients(self) -> list[Tensor]:
+        if not self._locals_are_fresh:
+            self._refresh_locals()
+        gradients = []
+        for name, updated in self._updated.items():
+            tensor = self._weights[name].tensor
+            if tensor.grad is None:
+                updated.grad = None
+                continue
+            if tensor.ndim == 0:
+                self._world.all_reduce(tensor.grad)
+            elif updated is not tensor:
+                updated.grad = tensor.grad._local_tensor  # type: ignore[attr-defined]
+            gradients.append(updated.grad)
+        return gradients  # type: ignore[return-value]
+
+    def _refresh_locals(self) -> None:
+        # FSDP pads uneven shards at the first forward, and then they lie elsewhere.
+        for name, updated in self._updated.items():
+            updated.data = self._weights[name].local if updated is not self._weights[name].tensor else updated.data
+        self._locals_are_fresh = True
+
+    def _squared_norm(self, gradients: list[Tensor]) -> Tensor:
+        sharded = [g for g in gradients if g.ndim > 0]
+        replicas = self._mesh.size(0) if self._mesh.ndim == 2 else 1
+        squared = super()._squared_norm([_plain(g) for g in sharded]) / replicas
+        for p in self._scalars:
+            if p.grad is not None:
+                squared += p.grad.double().square() / self._world.size
+        return squared
+
+    def _reduce(self, sums: Tensor) -> Tensor:
+        return self._world.all_reduce(sums)
+
+    @contextmanager
+    def microbatch(self, *, last: bool) -> Iterator[None]:
+        """Gradients are sharded in every microbatch, so that they never lie whole; replicas are summed in the last."""
+        if self._mesh.ndim == 2:
+            self.model.set_requires_all_reduce(last)  # type: ignore[operator]
+        yield
+
+    def _zero(self) -> None:
+        for name, updated in self._updated.items():
+            self._weights[name].tensor.grad = updated.grad = None
+
+    def _after_evaluation(self) -> None:
+        # The root keeps its parameters gathered after a forward without a backward.
+        for module in _sharded_modules(self.model):
+            module.reshard()
+
+
+def _plain(gradient: Tensor) -> Tensor:
+    return gradient._local_tensor if isinstance(gradient, DTensor) else gradient
+
+
+def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _may_offload(world: World, choices: Choices) -> bool:
+    if choices.cpu_offload and world.device.type == "cpu":
+        raise CombinationError(
+            "engine.fsdp.cpu_offload moves shards from a GPU to the host, and this run computes on the host",
+            where="engine.fsdp.cpu_offload",
+            remedy="set it to false, or run on a GPU",
+        )
+    return choices.cpu_offload
+
+
+def _mesh(world: World, shard_size: int | None) -> DeviceMesh:
+    """All ranks in a row, or replicas × shards.
+
+    Raises:
+        CombinationError: Where the ranks cannot be divided so.
+    """
+    if shard_size is None or shard_size == world.size:
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    if world.size % shard_size:
+        raise CombinationError(
+            f"engine.fsdp.shard_size is {shard_size}, which does not divide the {world.size} processes",
+            where="engine.fsdp.shard_size",
+            remedy="choose a divisor of the number of processes, or null for all of them",
+        )
+    shape = (world.size // shard_size, shard_size)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))

@@ -1,0 +1,1 @@
+"""Watching a run: numbers that are not finite, signals, what ranks must agree on."""

@@ -1,0 +1,99 @@
+"""A loss or a gradient that is not finite: noticed without making the device wait, agreed by all ranks, explained.
+
+The engine has left the weights alone already, on every rank, because loss and norm are those of the whole global
+batch. Here it is read, one step later on a GPU, and told to the user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigtrain.dist import World
+from bigtrain.errors import NonFiniteError
+from bigtrain.protocols import Batch, Task
+
+
+@dataclass(frozen=True)
+class _Seen:
+    step: int
+    skipped: Tensor
+    ready: Any  # torch.cuda.Event or None
+    microbatches: Sequence[Batch]
+
+
+class NonFiniteWatch:
+    """Reads whether a step was skipped, a step late where the device would have to be waited for.
+
+    Args:
+        world: The ranks.
+        policy: `stop` raises, `skip` counts and goes on.
+    """
+
+    def __init__(self, world: World, policy: str) -> None:
+        self._world = world
+        self._policy = policy
+        self._late = world.device.type != "cpu"
+        self._before: _Seen | None = None
+        self.num_skipped = 0
+
+    def observe(self, step: int, skipped: Tensor, microbatches: Sequence[Batch]) -> _Seen | None:
+        """Take note of a step, and return one that was skipped and must stop the run, if any.
+
+        Args:
+            step: The step just taken, from 0.
+            skipped: What the engine said of it, shape ().
+            microbatches: What this rank computed in it.
+        """
+        if not self._late:
+            return self._judge(_Seen(step, skipped, None, microbatches))
+        host = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(skipped, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        before, self._before = self._before, _Seen(step, host, event, microbatches)
+        return self._judge(before) if before else None
+
+    def last(self) -> _Seen | None:
+        """Judge what is still under way, at the end."""
+        before, self._before = self._before, None
+        return self._judge(before) if before else None
+
+    def _judge(self, seen: _Seen) -> _Seen | None:
+        if seen.ready is not None:
+            seen.ready.synchronize()
+        if not seen.skipped.item():
+            return None
+        self.num_skipped += 1
+        return seen if self._policy == "stop" else None
+
+
+def explain(seen: _Seen, world: World, model: nn.Module, task: Task) -> NonFiniteError:
+    """Find out which rank and samples gave a loss that is not finite. Every rank must call it.
+
+    The forward passes of the step are run again without gradients; the weights are still those it was computed with,
+    unless the run went on by one step on a GPU.
+    """
+    mine = [list(b.indices[: b.num_valid]) for b in seen.microbatches if not _loss_is_finite(model, task, b)]
+    found = world.all_gather_object(mine)
+    lines = [f"rank {rank}: samples {_shorten(samples)}" for rank, bad in enumerate(found) for samples in bad]
+    cause = "the loss is not finite" if lines else "the gradient is not finite, though the loss is"
+    return NonFiniteError(
+        f"{cause} in step {seen.step + 1}; the weights are those before it",
+        where="; ".join(lines) or None,
+        remedy="look at the samples named here, lower optim.lr or set optim.clip_grad_norm;\n"
+        "health.on_nonfinite=skip leaves out such steps and goes on",
+    )
+
+
+def _loss_is_finite(model: nn.Module, task: Task, batch: Batch) -> bool:
+    with torch.no_grad():
+        return bool(task.loss(model, batch).total.isfinite().item())
+
+
+def _shorten(samples: Sequence[int]) -> str:
+    text = ", ".join(str(index) for index in samples[:16])
+    return text + (f" … ({len(samples)} in all)" if len(samples) > 16 else "")

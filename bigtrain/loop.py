@@ -1,0 +1,311 @@
+"""Time: steps, epochs, evaluation, when to stop. What a step computes is the engine's and the task's.
+
+The loop reads no config, knows no concrete engine, model or tracker, and between two log lines it does not wait for
+the device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bigtrain.dist import World
+from bigtrain.engines.base import Engine, StepResult
+from bigtrain.health.agreement import Agreement, stop_on_signals
+from bigtrain.health.nonfinite import NonFiniteWatch, explain
+from bigtrain.optim import Schedule
+from bigtrain.protocols import Batch, Task
+
+# -------------------------------------------------------------------------------------------------- ----------
+
+
+def train_step(engine: Engine, task: Task, microbatches: Sequence[Batch], lr_scale: float) -> StepResult:
+    """One optimizer step on one global batch, of which `microbatches` are this rank's part.
+
+    Every rank calls it with the same number of microbatches.
+    """
+    last = len(microbatches) - 1
+    for number, batch in enumerate(microbatches):
+        with engine.microbatch(last=number == last):
+            engine.backward(task.loss(engine.model, batch))
+    return engine.step(lr_scale)
+
+
+def evaluate(engine: Engine, task: Task, batches: Iterable[Batch], world: World) -> dict[str, Any]:
+    """The mean loss and the task's metrics over all ranks' batches. Every rank must call it."""
+    metrics = task.metrics()
+    metrics.to(world.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    with engine.evaluating():
+        for batch in batches:
+            result = task.loss(engine.model, batch)
+            sums[0] += result.total
+            sums[1] += result.count
+            metrics.update(result, batch)
+    total, count = world.all_reduce(sums).tolist()
+    return {"loss": total / count if count else float("nan"), **metrics.compute()}
+
+
+# -------------------------------------------------------------------------------------------------- ----------
+
+
+class StepInfo:
+    """What a hook is told after a step. Reading `loss` or `grad_norm` waits for the device.
+
+    Attributes:
+        step: The number of steps taken; the one just completed is its last.
+        epoch: The epoch it belonged to, from 0.
+        num_samples: Samples of the global batch.
+        samples_seen: Samples since the start of the run.
+        lr: The rate of each optimizer group in this step.
+        evaluation: The evaluation made after this step, if there was one.
+    """
+
+    def __init__(
+        self, result: StepResult, step: int, epoch: int, num_samples: int, samples_seen: int, lr: list[float]
+    ) -> None:
+        self._result = result
+        self.step = step
+        self.epoch = epoch
+        self.num_samples = num_samples
+        self.samples_seen = samples_seen
+        self.lr = lr
+        self.evaluation: dict[str, Any] | None = None
+        self.stop_requested = False
+
+    @property
+    def loss(self) -> float:
+        """The mean loss of the global batch."""
+        return float(self._result.loss.item())
+
+    @property
+    def grad_norm(self) -> float:
+        """The gradient's norm before clipping."""
+        return float(self._result.norm.item())
+
+    def stop(self) -> None:
+        """Ask all ranks to stop at the next step boundary."""
+        self.stop_requested = True
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A function called after every `every`-th step, on every rank."""
+
+    call: Callable[[StepInfo], None]
+    every: int = 1
+
+
+class Tracker(Protocol):
+    """Where numbers go."""
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Take one line of numbers; `step` is among them."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+class TrainBatch(Protocol):
+    """What the loop needs to know of one step's data."""
+
+    @property
+    def microbatches(self) -> list[Batch]:
+        """This rank's part."""
+
+    @property
+    def epoch(self) -> int:
+        """Counted from 0."""
+
+    @property
+    def num_samples(self) -> int:
+        """Of the global batch."""
+
+
+# -------------------------------------------------------------------------------------------------- ----------
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """When things happen, in steps; None is never.
+
+    Attributes:
+        total_steps: When the run is done.
+        steps_per_epoch: How long an epoch is.
+        log_every: A line of numbers.
+        eval_every: An evaluation; there is always one at the end if there is data for it.
+    """
+
+    total_steps: int
+    steps_per_epoch: int
+    log_every: int
+    eval_every: int | None
+
+
+@dataclass
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        steps: Optimizer steps taken.
+        samples: Samples seen.
+        evaluation: The last evaluation.
+        stopped: Whether it was asked to stop before its end.
+        num_skipped: Steps whose numbers were not finite.
+    """
+
+    steps: int = 0
+    samples: int = 0
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    stopped: bool = False
+    num_skipped: int = 0
+
+
+class Loop:
+    """Runs a training from its first step to its last.
+
+    Args:
+        engine: Computes.
+        task: Says what the loss is.
+        world: This rank's place.
+        steps: This rank's part of each step's data, endless.
+        eval_batches: Called for this rank's part of the evaluation data; None where there is none.
+        schedule: The factor on the learning rates.
+        base_lrs: Each optimizer group's own rate.
+        cadence: When things happen.
+        trackers: Where numbers go.
+        hooks: Whom to tell.
+        on_nonfinite: `stop` or `skip`.
+        move: Puts a batch on the device.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        task: Task,
+        world: World,
+        steps: Iterator[TrainBatch],
+        eval_batches: Callable[[], Iterable[Batch]] | None,
+        schedule: Schedule,
+        base_lrs: Sequence[float],
+        cadence: Cadence,
+        trackers: Sequence[Tracker],
+        hooks: Sequence[Hook],
+        on_nonfinite: str,
+        move: Callable[[Batch], Batch],
+    ) -> None:
+        self._engine, self._task, self._world = engine, task, world
+        self._steps, self._eval_batches, self._move = steps, eval_batches, move
+        self._schedule, self._base_lrs, self._cadence = schedule, base_lrs, cadence
+        self._trackers, self._hooks = trackers, hooks
+        self._agreement = Agreement(world)
+        self._watch = NonFiniteWatch(world, on_nonfinite)
+        self._logged_at = time.perf_counter()
+        self._samples_since_log = 0
+        self.outcome = Outcome()
+
+    def run(self) -> Outcome:
+        """Train to the end, or to a step boundary at which all ranks agreed to stop.
+
+        Raises:
+            NonFiniteError: On every rank in the same step.
+        """
+        with stop_on_signals(self._agreement):
+            while self.outcome.steps < self._cadence.total_steps and not self.outcome.stopped:
+                self._one_step()
+            self._raise_if(self._watch.last())
+        self._agreement.close()  # not after an error: that would wait for the others
+        self.outcome.num_skipped = self._watch.num_skipped
+        return self.outcome
+
+    def _one_step(self) -> None:
+        data = next(self._steps)
+        microbatches = [self._move(batch) for batch in data.microbatches]
+        lr_scale = self._schedule(self.outcome.steps)
+        result = train_step(self._engine, self._task, microbatches, lr_scale)
+        self._raise_if(self._watch.observe(self.outcome.steps, result.skipped, microbatches))
+        self.outcome.steps += 1
+        self.outcome.samples += data.num_samples
+        self._samples_since_log += data.num_samples
+        self._after(result, data, lr_scale)
+        self.outcome.stopped = self._agreement.decide()
+
+    def _after(self, result: StepResult, data: TrainBatch, lr_scale: float) -> None:
+        step, cadence = self.outcome.steps, self._cadence
+        is_last = step == cadence.total_steps
+        is_eval = self._eval_batches is not None and (
+            is_last or (cadence.eval_every and step % cadence.eval_every == 0)
+        )
+        due = [hook for hook in self._hooks if step % hook.every == 0]
+        if step % cadence.log_every == 0 or is_last:
+            self._log(result, data.epoch, lr_scale)
+        if is_eval:
+            self.outcome.evaluation = self._evaluate(step, data.epoch)
+        if due:
+            lrs = [lr * lr_scale for lr in self._base_lrs]
+            info = StepInfo(result, step, data.epoch, data.num_samples, self.outcome.samples, lrs)
+            info.evaluation = self.outcome.evaluation if is_eval else None
+            for hook in due:
+                hook.call(info)
+            if info.stop_requested:
+                self._agreement.wish_to_stop()
+
+    def _log(self, result: StepResult, epoch: int, lr_scale: float) -> None:
+        loss, norm = torch.stack((result.loss, result.norm)).tolist()  # the one transfer of the interval
+        now = time.perf_counter()
+        row = {
+            "step": self.outcome.steps,
+            "epoch": epoch,
+            "samples": self.outcome.samples,
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": [lr * lr_scale for lr in self._base_lrs],
+            "samples_per_s": self._samples_since_log / max(now - self._logged_at, 1e-9),
+        }
+        self._logged_at, self._samples_since_log = now, 0
+        for tracker in self._trackers:
+            tracker.log(row)
+
+    def _evaluate(self, step: int, epoch: int) -> dict[str, Any]:
+        assert self._eval_batches is not None
+        began = time.perf_counter()
+        batches = (self._move(batch) for batch in self._eval_batches())
+        numbers = evaluate(self._engine, self._task, batches, self._world)
+        self._logged_at += time.perf_counter() - began  # throughput is that of training
+        for tracker in self._trackers:
+            tracker.log({"step": step, "epoch": epoch, **_scalars(numbers)})
+        return numbers
+
+    def _raise_if(self, seen: Any) -> None:
+        if seen is not None:
+            raise explain(seen, self._world, self._engine.model, self._task)
+
+
+def _scalars(numbers: Mapping[str, Any]) -> dict[str, float]:
+    """The single numbers of an evaluation, by the names they are logged under."""
+    plain = {
+        name: value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
+        for name, value in numbers.items()
+    }
+    return {f"eval/{name}": value for name, value in plain.items() if isinstance(value, (int, float))}
+
+
+def moved(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
+    """A batch on the device, its floating tensors in the dtype of the run."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            wanted = dtype if value.is_floating_point() else value.dtype
+            return value.to(device, wanted, non_blocking=True)
+        if isinstance(value, Mapping):
+            return {key: move(item) for key, item in value.items()}
+        if isinstance(value, (tuple, list)):
+            return type(value)(move(item) for item in value)
+        return value
+
+    return replace(batch, data=move(batch.data), weight=batch.weight.to(device, non_blocking=True))

@@ -1,0 +1,102 @@
+"""Models by name: our own, those of other libraries, and what a user brings.
+
+Our models are plain modules that import torch only, and know no engine, config or trainer. Other libraries
+are imported when one of their models is asked for.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from bigtrain.errors import ModelError
+from bigtrain.named import call, load, suggest
+
+_OWN = {
+    "bigmodel": "bigtrain.models.convnets:BigModel",
+    "simple_cnn": "bigtrain.models.convnets:SimpleCNN",
+    "gpt": "bigtrain.models.gpt:GPT",
+}
+_LATER = ("timm/", "hf/")
+_TORCHVISION = "torchvision/"
+
+
+def names() -> list[str]:
+    """Every model that has a name of its own: ours, then torchvision's. This imports torchvision."""
+    from bigtrain.models import torchvision_models
+
+    return [*_OWN, *(_TORCHVISION + builder for builder in torchvision_models.names())]
+
+
+def build(name: str, args: Mapping[str, Any] | None = None) -> nn.Module:
+    """Build a model.
+
+    Args:
+        name: One of ours, `torchvision/<builder>`, or `package.module:factory`; `factory(**args)` returns a
+            module.
+        args: Its arguments.
+
+    Raises:
+        ModelError: Where there is no such model, an argument does not fit, or no usable module comes out.
+    """
+    args = dict(args or {})
+    if name.startswith(_TORCHVISION):
+        from bigtrain.models import torchvision_models
+
+        model: object = torchvision_models.build(name.removeprefix(_TORCHVISION), args)
+    else:
+        factory = load(_find(name), error=ModelError, where="model.name")
+        model = call(factory, args, name=name, error=ModelError, where="model.args")
+    return _checked(model, name)
+
+
+def is_fillable(name: str) -> bool:
+    """Whether the model answers `init_tensor`, and so can be built without memory and filled piece by piece.
+
+    A class is looked at, and a factory's annotated return type. torchvision's models do not answer.
+
+    Raises:
+        ModelError: Where there is no such model.
+    """
+    if name.startswith(_TORCHVISION):
+        return False
+    factory = load(_find(name), error=ModelError, where="model.name")
+    made = factory if isinstance(factory, type) else typing.get_type_hints(factory).get("return")
+    return hasattr(made, "init_tensor")
+
+
+def _find(name: str) -> str:
+    """Where the factory of a model lies, as `package.module:attribute`."""
+    if ":" in name:
+        return name
+    if name.startswith(_LATER):
+        raise ModelError(
+            f"{name!r}: models of timm and Hugging Face are not available yet",
+            where="model.name",
+            remedy="use package.module:factory, with a factory of your own that makes the model",
+        )
+    if name not in _OWN:
+        remedy = suggest(name, names(), "models") + "\na model of your own is package.module:factory"
+        raise ModelError(f"there is no model {name!r}", where="model.name", remedy=remedy)
+    return _OWN[name]
+
+
+def _checked(model: object, name: str) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"{name} returned {type(model).__name__}, not a torch.nn.Module",
+            where="model.name",
+            remedy="name a function or class that makes the module",
+        )
+    lazy = [parameter for parameter, value in model.named_parameters() if is_lazy(value)]
+    if lazy:
+        raise ModelError(
+            f"{name} has parameters without a shape: {', '.join(lazy[:3])}",
+            where="model.name",
+            remedy="give layers their sizes: nn.Linear, not nn.LazyLinear",
+        )
+    return model

@@ -1,0 +1,168 @@
+"""Optimizers, their groups, and learning-rate schedules.
+
+Groups are lists of parameter names, so that an engine can put in the tensors it really updates: whole parameters,
+shards, flat slices. Schedules are pure functions of the number of steps taken: there is no scheduler to save.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigtrain.config import schema
+from bigtrain.errors import ConfigError, PatternError, UserError
+from bigtrain.models.blocks import norm_and_bias
+from bigtrain.named import load
+from bigtrain.patterns import match_names
+
+Schedule = Callable[[int], float]
+
+_BUILT_IN: dict[str, type[torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share every hyperparameter.
+
+    Attributes:
+        names: The parameters' names.
+        hyper: Their hyperparameters; `lr` is the rate before the schedule's factor.
+    """
+
+    names: tuple[str, ...]
+    hyper: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class OptimizerPlan:
+    """An optimizer to be built over whatever tensors an engine updates.
+
+    Attributes:
+        cls: The optimizer's class.
+        groups: The groups, by name.
+        elementwise: Whether the update of an element depends on nothing but that element, so that shards may be
+            updated alone.
+        fusable: Whether torch's fused kernels serve, which also scale gradients and skip a step on the device.
+    """
+
+    cls: type[torch.optim.Optimizer]
+    groups: tuple[Group, ...]
+    elementwise: bool
+    fusable: bool
+
+    def build(self, tensors: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+        """Make the optimizer over `tensors`, which holds every name of every group."""
+        param_groups = [
+            {"params": [tensors[n] for n in g.names], **g.hyper, "names": g.names, "base_lr": g.hyper["lr"]}
+            for g in self.groups
+        ]
+        fused: dict[str, Any] = {"fused": True} if self.fusable else {}
+        return self.cls(param_groups, **fused)
+
+
+def plan_optimizer(model: nn.Module, config: schema.Optim) -> OptimizerPlan:
+    """Decide class, groups and hyperparameters for the trainable parameters of a plain, unsharded model.
+
+    For each parameter the last matching entry of `optim.groups` wins. Parameters of normalisation layers, biases and
+    parameters of fewer than two dimensions are not decayed, unless `decay_norms_and_biases` is set or their group
+    says so.
+
+    Raises:
+        PatternError: Where a pattern matches no parameter, or only frozen ones.
+        ConfigError: Where the optimizer does not know an argument.
+    """
+    cls = _find_class(config.name)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise PatternError("nothing to train: every parameter is frozen", where="finetune.freeze")
+    undecayed = set() if config.decay_norms_and_biases else norm_and_bias(model)
+    overrides = _overrides_by_name(config.groups, named)
+    groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    for name in named:
+        hyper: dict[str, Any] = {"lr": config.lr, **config.args}
+        if "weight_decay" in inspect.signature(cls).parameters:
+            hyper["weight_decay"] = 0.0 if name in undecayed else config.weight_decay
+        hyper |= overrides[name]
+        groups.setdefault(repr(sorted(hyper.items())), (hyper, []))[1].append(name)
+    _check_arguments(cls, config)
+    built_in = config.name in _BUILT_IN
+    implementation_is_chosen = bool({"fused", "foreach", "dampening"} & set(config.args))
+    return OptimizerPlan(
+        cls,
+        tuple(Group(tuple(names), hyper) for hyper, names in groups.values()),
+        elementwise=built_in or bool(getattr(cls, "elementwise", False)),
+        fusable=built_in and not implementation_is_chosen,
+    )
+
+
+def _find_class(name: str) -> type[torch.optim.Optimizer]:
+    if name in _BUILT_IN:
+        return _BUILT_IN[name]
+    cls: Any = load(name, error=UserError, where="optim.name")
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise UserError(f"{name!r} is not a torch.optim.Optimizer class", where="optim.name")
+    return cls
+
+
+def _check_arguments(cls: type[torch.optim.Optimizer], config: schema.Optim) -> None:
+    known = [p for p in inspect.signature(cls).parameters if p not in ("params", "lr", "weight_decay")]
+    unknown = sorted(set(config.args) - set(known))
+    if unknown:
+        raise ConfigError(f"optim.args: {cls.__name__} has no {', '.join(unknown)}; it has {', '.join(known)}")
+
+
+def _overrides_by_name(groups: Sequence[schema.OptimGroup], named: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    result: dict[str, dict[str, Any]] = {name: {} for name in named}
+    for position, group in enumerate(groups):
+        for name in match_names(group.match, list(named), where=f"optim.groups.{position}.match"):
+            result[name] |= {
+                key: value
+                for key, value in (("lr", group.lr), ("weight_decay", group.weight_decay))
+                if value is not None
+            }
+    return result
+
+
+def make_schedule(config: schema.Schedule, *, total_steps: int, steps_per_epoch: int) -> Schedule:
+    """The factor on every group's own rate, as a pure function of the number of steps already taken.
+
+    During warm-up the factor of step k (from 0) is (k + 1) / warmup_steps. After it, with t the share of the
+    remaining steps taken: constant 1; step gamma^(units // step_size); linear 1 - t; cosine (1 + cos(pi t)) / 2
+    (Loshchilov and Hutter, arXiv:1608.03983, equation 5, without restarts); wsd 1 and then linear over the last
+    `decay` share of the run (Hu et al., arXiv:2404.06395). The last three end at `min_factor`.
+    """
+    warmup = config.warmup_steps
+    span = max(1, total_steps - warmup)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        at = step if config.unit == "step" else step // steps_per_epoch * steps_per_epoch
+        done = min(1.0, max(0, at - warmup) / span)
+        if config.name == "step":
+            units = step - warmup if config.unit == "step" else step // steps_per_epoch
+            return float(config.gamma ** (units // config.step_size))
+        return config.min_factor + (1 - config.min_factor) * _shape(config, done, total_steps, at)
+
+    return factor
+
+
+def _shape(config: schema.Schedule, done: float, total_steps: int, at: int) -> float:
+    if config.name == "linear":
+        return 1.0 - done
+    if config.name == "cosine":
+        return (1.0 + math.cos(math.pi * done)) / 2.0
+    if config.name == "wsd":
+        tail = max(1, round(config.decay * total_steps))
+        return min(1.0, (total_steps - at) / tail)
+    return 1.0

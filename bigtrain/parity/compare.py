@@ -1,0 +1,204 @@
+"""One engine at one world size against the reference, on every rank; and what came of it.
+
+Each rank compares the pieces it holds with the same parts of the reference's files, so nothing is gathered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bigtrain.config.schema import Config
+from bigtrain.dist import join
+from bigtrain.engines import needs_group
+from bigtrain.loop import train_step
+from bigtrain.parity.reference import Trajectory
+from bigtrain.parity.stillness import switch_off_dropout
+from bigtrain.state import WEIGHT
+from bigtrain.trainer import Subject, Training, assemble
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute the same training.
+
+    Attributes:
+        engine: The engine's name.
+        world_size: How many processes.
+        accumulation: Microbatches in a full step.
+        precision: Of the run.
+    """
+
+    engine: str
+    world_size: int
+    accumulation: int
+    precision: str
+
+    def __str__(self) -> str:
+        return f"{self.engine} × {self.world_size}, accumulation {self.accumulation}, {self.precision}"
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a variant may be from the reference, relative.
+
+    Attributes:
+        scalar: Loss, and gradient norm before clipping.
+        parameters: All parameters together, the norm of the difference over the norm.
+    """
+
+    scalar: float
+    parameters: float
+
+    def tenth(self) -> Tolerance:
+        """What rounding alone may take of it, in a step that still counts."""
+        return Tolerance(self.scalar / 10, self.parameters / 10)
+
+
+TOLERANCES = {"fp32": Tolerance(1e-5, 1e-4), "fp64": Tolerance(1e-10, 1e-10)}
+
+
+@dataclass(frozen=True)
+class StepDifference:
+    """How far one step is from the reference, relative.
+
+    Attributes:
+        loss: Of the mean loss.
+        norm: Of the gradient's norm before clipping.
+        parameters: Of all parameters together, after the step.
+        worst: The parameter that is furthest off.
+        worst_difference: How far that one is.
+    """
+
+    loss: float
+    norm: float
+    parameters: float
+    worst: str
+    worst_difference: float
+
+    def exceeds(self, tolerance: Tolerance) -> str | None:
+        """What is out of tolerance first: loss, then norm, then parameters."""
+        for what, value, limit in (
+            ("loss", self.loss, tolerance.scalar),
+            ("gradient norm", self.norm, tolerance.scalar),
+            ("parameters", self.parameters, tolerance.parameters),
+        ):
+            if not value <= limit:  # NaN is out of tolerance
+                return what
+        return None
+
+
+Squares = Mapping[str, tuple[float, float]]
+"""By parameter: squared norm of the difference, squared norm of the reference."""
+
+
+def measure(
+    config: Config,
+    accumulations: Sequence[int],
+    reference: Trajectory,
+    subject: Subject,
+    apart: Sequence[str],
+    tamper: Callable[[], AbstractContextManager[Any]] | None,
+) -> dict[int, list[StepDifference]]:
+    """Train under an engine and measure every step. Runs on every rank.
+
+    Args:
+        config: The run file with the engine and precision of the variants.
+        accumulations: Microbatches a step, one training each.
+        reference: What it should be.
+        subject: Objects that a user gave instead of names.
+        apart: Parameters that are left out of the comparison.
+        tamper: A context in which all of it happens: tests plant faults there.
+
+    Returns:
+        Differences of each step, by accumulation; the same on every rank.
+    """
+    found = {}
+    with (
+        (tamper or nullcontext)(),
+        join(config.engine.device, needs_group=needs_group(config.engine.name)) as world,
+    ):
+        for accumulation in accumulations:
+            share = math.ceil(config.data.batch_size / world.size)
+            micro = None if accumulation == 1 else math.ceil(share / accumulation)
+            varied = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": micro})})
+            training = assemble(varied, world, subject, adapt=switch_off_dropout)
+            found[accumulation] = [
+                _one_step(training, step, reference, apart) for step in _numbered(training, reference)
+            ]
+            training.close()
+    return found
+
+
+def _numbered(training: Training, reference: Trajectory) -> Any:
+    return zip(range(len(reference.losses)), training.train.steps(), strict=False)
+
+
+def _one_step(training: Training, step: tuple[int, Any], reference: Trajectory, apart: Sequence[str]) -> StepDifference:
+    number, data = step
+    microbatches = [training.move(batch) for batch in data.microbatches]
+    result = train_step(training.engine, training.task, microbatches, training.schedule(number))
+    pieces = [p for p in training.engine.state().pieces if p.kind == WEIGHT and p.is_owner]
+    target = reference.parameters(number)
+    mine = {p.name: _squares(p.data.cpu().numpy(), target[p.name][p.box.slices]) for p in pieces}
+    squares: dict[str, tuple[float, float]] = {}
+    for part in training.world.all_gather_object(mine):
+        for name, (difference, size) in part.items():
+            before = squares.get(name, (0.0, 0.0))
+            squares[name] = (before[0] + difference, before[1] + size)
+    return difference_of(result.loss.item(), result.norm.item(), squares, reference, number, apart)
+
+
+def _squares(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
+    theirs = theirs.astype(np.float64)
+    return float(np.square(ours.astype(np.float64) - theirs).sum()), float(np.square(theirs).sum())
+
+
+def difference_of(
+    loss: float, norm: float, squares: Squares, reference: Trajectory, step: int, apart: Sequence[str]
+) -> StepDifference:
+    """Put one step's numbers in relation to the reference's."""
+    counted = {name: pair for name, pair in squares.items() if name not in apart}
+    ratios = {name: _ratio(*pair) for name, pair in counted.items()}
+    worst = max(ratios, key=lambda name: ratios[name] if ratios[name] == ratios[name] else math.inf)
+    together = _ratio(sum(d for d, _ in counted.values()), sum(s for _, s in counted.values()))
+    return StepDifference(
+        _relative(loss, reference.losses[step]),
+        _relative(norm, reference.norms[step]),
+        together,
+        worst,
+        ratios[worst],
+    )
+
+
+def floor_of(reference: Trajectory, split: Trajectory, apart: Sequence[str]) -> list[StepDifference]:
+    """How far the reference is from itself with its batches split: rounding alone."""
+    differences = []
+    for step, (loss, norm) in enumerate(zip(split.losses, split.norms, strict=True)):
+        ours, theirs = split.parameters(step), reference.parameters(step)
+        squares = {name: _squares(ours[name], theirs[name]) for name in theirs}
+        differences.append(difference_of(loss, norm, squares, reference, step, apart))
+    return differences
+
+
+def horizon_of(floor: Sequence[StepDifference], tolerance: Tolerance) -> int:
+    """How many steps count: those before rounding alone takes a tenth of the tolerance."""
+    for step, difference in enumerate(floor):
+        if difference.exceeds(tolerance.tenth()):
+            return step
+    return len(floor)
+
+
+def _ratio(difference: float, size: float) -> float:
+    if size == 0:
+        return 0.0 if difference == 0 else math.inf
+    return math.sqrt(difference / size)
+
+
+def _relative(ours: float, theirs: float) -> float:
+    return abs(ours - theirs) / max(abs(theirs), 1e-30)

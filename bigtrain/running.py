@@ -1,0 +1,235 @@
+"""A whole run, from a run file to its folder: what `bigtrain train` and `bigtrain.train` do in one process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigtrain import engines, runs
+from bigtrain.config.loader import Resolved, dump, from_dict, load
+from bigtrain.config.schema import Config
+from bigtrain.dist import join
+from bigtrain.errors import OutOfMemoryError
+from bigtrain.loop import Hook, Loop, Outcome, StepInfo
+from bigtrain.protocols import Dataset, Task
+from bigtrain.tracking.console import Console
+from bigtrain.tracking.jsonl import MetricsFile
+from bigtrain.trainer import Subject, Training, assemble
+
+# Larger results (the confusion matrix of thousands of classes) do not go into result.json.
+_LARGEST_IN_RESULT = 10_000
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training that has ended.
+
+    Attributes:
+        path: The run folder.
+        outcome: How it ended: steps, samples, the last evaluation.
+        model: The plain module with the trained weights; under fsdp, with this rank's shards of them.
+    """
+
+    path: Path
+    outcome: Outcome
+    model: nn.Module = field(repr=False)
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """The last evaluation's numbers."""
+        return self.outcome.evaluation
+
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return runs.read_metrics(self.path / "metrics.jsonl")
+
+
+def train(
+    config: Config | Resolved | Mapping[str, Any] | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    data: Dataset | tuple[Dataset, Dataset | None] | None = None,
+    task: Task | None = None,
+    hooks: Sequence[Hook | Callable[[StepInfo], None]] = (),
+) -> Run:
+    """Train as a run file says, in this process, or as one rank where RANK and WORLD_SIZE are set.
+
+    Args:
+        config: A run file's path, its contents as a mapping, or what `load_config` returned.
+        overrides: `key=value`, as on the command line.
+        model: A module, or a function that makes one, instead of `model.name`.
+        data: A dataset, or a pair to train and to evaluate on, instead of `data.name`.
+        task: A task instead of `task.name`.
+        hooks: Functions to call after steps: `fn` for every step, `Hook(fn, every=10)` for every tenth.
+
+    Raises:
+        BigtrainError: One of its kinds, with what to do. Where it is a `UserError`, nothing has been created.
+    """
+    subject = Subject(model, data, task)
+    resolved = resolve(config, overrides, subject)
+    called = [hook if isinstance(hook, Hook) else Hook(hook) for hook in hooks]
+    with _word_of_failure() as failing:
+        return _train(resolved, subject, called, failing)
+
+
+def resolve(
+    config: Config | Resolved | Mapping[str, Any] | str | Path, overrides: Sequence[str], subject: Subject
+) -> Config:
+    """Read whatever describes a run; what is given as an object stands in it by its type's name."""
+    if isinstance(config, Resolved):
+        config = config.config
+    if isinstance(config, Config):
+        return from_dict(config.model_dump(mode="json"), overrides).config if overrides else config
+    named = [
+        f"{section}.name=given:{_type_name(value)}"
+        for section, value in (("model", subject.model), ("data", subject.data), ("task", subject.task))
+        if value is not None
+    ]
+    changes = (*named, *overrides)
+    return (from_dict(config, changes) if isinstance(config, Mapping) else load(config, changes)).config
+
+
+def _type_name(value: object) -> str:
+    name = getattr(value, "__name__", type(value).__name__)
+    return name if name.isidentifier() else type(value).__name__
+
+
+def _train(config: Config, subject: Subject, hooks: Sequence[Hook], failing: _Failing) -> Run:
+    _set_up_torch(config)
+    failing.rank = int(os.environ.get("RANK", 0))
+    if failing.rank == 0:
+        runs.check_free(config.run.dir, config.run.name)
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    engine, _ = engines.choose(config.engine.name, num_processes)
+    with join(config.engine.device, needs_group=engines.needs_group(engine)) as world:
+        training = assemble(config, world, subject)
+        path = Path(config.run.dir, config.run.name)
+        if not world.is_main:
+            outcome = _run(training, [], hooks, failing)
+        else:
+            folder = runs.RunFolder.create(config.run.dir, config.run.name, dump(config))
+            console = Console(training.cadence.total_steps, config.track.progress)
+            console.say(_first_line(training))
+            trackers = [MetricsFile(folder.metrics), console]
+            outcome = _run(training, trackers, hooks, failing)
+            _finish(folder, outcome, training, console)
+        model = training.model
+        training.close()
+    return Run(path, outcome, model)
+
+
+def _run(training: Training, trackers: Sequence[Any], hooks: Sequence[Hook], failing: _Failing) -> Outcome:
+    loop = training.loop(trackers, hooks)
+    failing.loop = loop
+    try:
+        return loop.run()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise _out_of_memory(error, training) from error
+    finally:
+        for tracker in trackers:
+            tracker.close()
+
+
+def _finish(folder: runs.RunFolder, outcome: Outcome, training: Training, console: Console) -> None:
+    if outcome.stopped:
+        console.say(f"stopped after step {outcome.steps} of {training.cadence.total_steps}, as asked: {folder.path}")
+        return
+    numbers = {name: _plain(value) for name, value in outcome.evaluation.items() if _is_small(value)}
+    folder.finish(
+        {
+            "steps": outcome.steps,
+            "samples": outcome.samples,
+            "skipped_steps": outcome.num_skipped,
+            "engine": training.engine.name,
+            "world_size": training.world.size,
+            "metrics": numbers,
+        }
+    )
+    scores = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items() if isinstance(value, float))
+    console.say(
+        f"done: {outcome.steps} steps, {outcome.samples} samples" + (f"\nevaluation: {scores}" if scores else "")
+    )
+    console.say(f"run folder: {folder.path}")
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def _is_small(value: Any) -> bool:
+    return not isinstance(value, Tensor) or value.numel() <= _LARGEST_IN_RESULT
+
+
+def _first_line(training: Training) -> str:
+    config, world = training.config, training.world
+    parameters = sum(piece[0] for piece in training.sizes())
+    trained = sum(piece[0] for piece in training.sizes() if piece[1])
+    share = "" if trained == parameters else f", {trained:,} of them trained"
+    return (
+        f"{config.run.name}: {config.model.name} ({parameters:,} parameters{share}) on {config.data.name} "
+        f"({training.train.num_samples:,} samples); {training.cadence.total_steps} steps of {config.data.batch_size}; "
+        f"{training.engine_choice}, {world.size} process{'es' if world.size > 1 else ''} on {world.device.type}"
+    )
+
+
+def _set_up_torch(config: Config) -> None:
+    if config.run.threads != "auto":
+        torch.set_num_threads(config.run.threads)
+    if config.run.deterministic:
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # what cuBLAS needs for it, by torch's documentation
+        torch.use_deterministic_algorithms(True)
+
+
+class _Failing:
+    """What is known of this rank when it fails."""
+
+    rank = 0
+    loop: Loop | None = None
+
+
+@contextmanager
+def _word_of_failure() -> Iterator[_Failing]:
+    """Leave word for the launcher of why and in which step this rank failed."""
+    failing = _Failing()
+    try:
+        yield failing
+    except BaseException as error:
+        attempt = os.environ.get(runs.ATTEMPT_VARIABLE)
+        if attempt:
+            runs.write_error(attempt, failing.rank, failing.loop.outcome.steps if failing.loop else None, error)
+        raise
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _out_of_memory(error: BaseException, training: Training) -> OutOfMemoryError:
+    """What to change, the cheapest first."""
+    config, world = training.config, training.world
+    micro = config.train.micro_batch_size or -(-config.data.batch_size // world.size)
+    ways = []
+    if micro > 1:
+        ways.append(f"train.micro_batch_size={max(1, micro // 2)} (it is {micro}; the results stay the same)")
+    if training.engine.name != "fsdp":
+        ways.append("engine.name=fsdp on more processes (weights, gradients and optimizer state are sharded)")
+    elif world.device.type == "cuda" and not config.engine.fsdp.cpu_offload:
+        ways.append("engine.fsdp.cpu_offload=true (slower), or more processes")
+    ways.append("optim.name=sgd keeps fewer numbers than adamw; a smaller model or context")
+    return OutOfMemoryError(
+        f"out of memory on {world.device}: {str(error).splitlines()[0]}",
+        where=f"rank {world.rank}",
+        remedy="change, in order of cost:\n" + "\n".join(f"{n}. {way}" for n, way in enumerate(ways, 1)),
+    )

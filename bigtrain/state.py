@@ -1,0 +1,138 @@
+"""The training state in terms that know no engine: named pieces of named tensors.
+
+An engine lists views of the memory it holds (`Piece`), a reader fills such views from anywhere. Engines, checkpoints
+and tests share this vocabulary, and it knows none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from bigtrain.errors import StateError
+
+WEIGHT = "weight"
+BUFFER = "buffer"
+
+
+class Box(NamedTuple):
+    """An axis-aligned part of a tensor: where it starts and how far it reaches, in elements, by dimension."""
+
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Indexes the full tensor."""
+        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.size, strict=True))
+
+
+def whole(shape: Iterable[int]) -> Box:
+    """The box that is the whole tensor."""
+    size = tuple(shape)
+    return Box((0,) * len(size), size)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of one tensor as one rank holds it.
+
+    Attributes:
+        name: The parameter's or buffer's name in the plain model.
+        kind: "weight", "buffer", "ema", or an optimizer slot ("exp_avg", "step", …) of the parameter `name`.
+        shape: The shape of the full tensor.
+        dtype: Its dtype in the state (master weights, not what the forward pass sees).
+        box: Which part this is.
+        data: A view of the memory itself, of the box's size: writing to it writes the state.
+        is_owner: Whether this rank stands for the piece among the ranks that hold the same.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    box: Box
+    data: Tensor
+    is_owner: bool
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What identifies the full tensor."""
+        return (self.kind, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    """What one rank holds of the training state.
+
+    Attributes:
+        pieces: This rank's pieces.
+        hyper: Every optimizer hyperparameter of every trainable parameter, by parameter name; the same on all ranks.
+            `lr` is the
+            parameter's own rate, before the schedule's factor.
+    """
+
+    pieces: list[Piece]
+    hyper: dict[str, dict[str, Any]]
+
+
+class TensorSpec(NamedTuple):
+    """A full tensor of the state."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Reader(Protocol):
+    """Where a state is read from."""
+
+    hyper: Mapping[str, Mapping[str, Any]]
+    index: Mapping[tuple[str, str], TensorSpec]  # by (kind, name): what there is to read
+
+    def read_into(self, kind: str, name: str, box: Box, out: Tensor) -> None:
+        """Fill `out` (the box's size) with that part of the tensor."""
+
+
+class MemoryReader:
+    """Reads from full tensors in memory."""
+
+    def __init__(self, tensors: Mapping[tuple[str, str], Tensor], hyper: Mapping[str, Mapping[str, Any]]) -> None:
+        self.tensors = dict(tensors)
+        self.hyper = hyper
+        self.index = {key: TensorSpec(tuple(t.shape), t.dtype) for key, t in self.tensors.items()}
+
+    def read_into(self, kind: str, name: str, box: Box, out: Tensor) -> None:
+        """Fill `out` with that part of the tensor."""
+        with torch.no_grad():
+            out.copy_(self.tensors[kind, name][box.slices])
+
+
+def assemble(states: Iterable[EngineState]) -> MemoryReader:
+    """Put the pieces of all ranks together into full tensors.
+
+    Raises:
+        StateError: Where owners leave a hole, overlap, or disagree on a tensor's shape.
+    """
+    tensors: dict[tuple[str, str], Tensor] = {}
+    filled: dict[tuple[str, str], int] = {}
+    hyper: dict[str, dict[str, Any]] = {}
+    for state in states:
+        hyper = hyper or state.hyper
+        for piece in state.pieces:
+            if not piece.is_owner:
+                continue
+            full = tensors.setdefault(piece.key, torch.empty(piece.shape, dtype=piece.dtype))
+            if tuple(full.shape) != piece.shape:
+                raise StateError(
+                    f"{piece.kind} {piece.name} has shape {piece.shape} on one rank, {tuple(full.shape)} on another"
+                )
+            full[piece.box.slices] = piece.data.detach().to("cpu")
+            filled[piece.key] = filled.get(piece.key, 0) + piece.data.numel()
+    wrong = [f"{kind} {name}" for (kind, name), n in filled.items() if n != tensors[kind, name].numel()]
+    if wrong:
+        raise StateError(f"pieces do not cover each tensor exactly once: {', '.join(wrong)}")
+    return MemoryReader(tensors, hyper)

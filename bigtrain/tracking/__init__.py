@@ -1,0 +1,1 @@
+"""Numbers out: the metrics file and the terminal."""

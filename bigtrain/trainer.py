@@ -1,0 +1,228 @@
+"""The composition root: the one place that knows every part, and builds a training out of a run file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from bigtrain import data as data_layer
+from bigtrain import engines, models, tasks
+from bigtrain.config.schema import Config
+from bigtrain.data import EvalLoader, TrainLoader
+from bigtrain.dist import World
+from bigtrain.engines import Choices, Engine
+from bigtrain.errors import ModelError
+from bigtrain.finetune.freeze import freeze_parameters
+from bigtrain.loop import Cadence, Hook, Loop, Tracker, moved
+from bigtrain.optim import OptimizerPlan, Schedule, make_schedule, plan_optimizer
+from bigtrain.prepare import DTYPES, Prepared, prepare, seed_everything
+from bigtrain.protocols import Batch, Dataset, Task
+
+# How many samples of the first microbatch are tried on the model before the first step.
+_TRIED_SAMPLES = 2
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a user brings as objects; what is None is built by the names in the run file.
+
+    Attributes:
+        model: A module, or a function without arguments that makes one.
+        data: A dataset, or one to train on and one to evaluate on.
+        task: A task.
+    """
+
+    model: nn.Module | Callable[[], nn.Module] | None = None
+    data: Dataset | tuple[Dataset, Dataset | None] | None = None
+    task: Task | None = None
+
+
+@dataclass
+class Training:
+    """Every part of a training, built and not yet begun."""
+
+    config: Config
+    world: World
+    task: Task
+    model: nn.Module
+    engine: Engine
+    plan: OptimizerPlan
+    schedule: Schedule
+    train: TrainLoader
+    evaluation: EvalLoader | None
+    cadence: Cadence
+    engine_choice: str
+
+    def loop(self, trackers: Sequence[Tracker] = (), hooks: Sequence[Hook] = ()) -> Loop:
+        """The loop over all of it."""
+        evaluation = self.evaluation
+        return Loop(
+            engine=self.engine,
+            task=self.task,
+            world=self.world,
+            steps=self.train.steps(),
+            eval_batches=None if evaluation is None else lambda: evaluation,
+            schedule=self.schedule,
+            base_lrs=[group.hyper["lr"] for group in self.plan.groups],
+            cadence=self.cadence,
+            trackers=trackers,
+            hooks=hooks,
+            on_nonfinite=self.config.health.on_nonfinite,
+            move=self.move,
+        )
+
+    def sizes(self) -> list[tuple[int, bool]]:
+        """For each parameter, how many elements the whole of it has, and whether it is trained."""
+        return [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+
+    def move(self, batch: Batch) -> Batch:
+        """A batch on this rank's device, in the run's dtype."""
+        return moved(batch, self.world.device, DTYPES[self.config.precision])
+
+    def close(self) -> None:
+        """End the loaders' workers and let go of the engine."""
+        self.train.close()
+        if self.evaluation is not None:
+            self.evaluation.close()
+        self.engine.close()
+
+
+def assemble(
+    config: Config,
+    world: World,
+    subject: Subject = Subject(),
+    *,
+    adapt: Callable[[nn.Module], object] | None = None,
+) -> Training:
+    """Build every part, in the order in which they need one another. Every rank must call it.
+
+    Args:
+        config: The run file.
+        world: This rank's place.
+        subject: What the user brings as objects.
+        adapt: Called with the plain model before anything is wrapped around it.
+    """
+    name, why = engines.choose(config.engine.name, world.size)
+    task = build_task(config, subject)
+    sets = build_data(config, subject)
+    train, evaluation = _loaders(config, sets, world)
+    prepared = _prepare(config, subject, world, shards=engines.shards(name))
+    if adapt is not None:
+        adapt(prepared.model)
+    _try_first_batch(config, task, prepared.model, sets, world)
+    plan = plan_optimizer(prepared.model, config.optim)
+    engine = engines.build(name, prepared.model, prepared.blocks, plan, world, _choices(config, prepared))
+    cadence = _cadence(config, train.steps_per_epoch)
+    schedule = make_schedule(
+        config.optim.schedule, total_steps=cadence.total_steps, steps_per_epoch=train.steps_per_epoch
+    )
+    # From here on random numbers are each rank's own: dropout must differ between ranks.
+    seed_everything(config.run.seed + world.rank)
+    choice = f"engine {name}: {why}"
+    return Training(config, world, task, prepared.model, engine, plan, schedule, train, evaluation, cadence, choice)
+
+
+def build_task(config: Config, subject: Subject = Subject()) -> Task:
+    """The task, by name or as it was given."""
+    return subject.task or tasks.build(config.task.name, config.task.args)
+
+
+def build_data(config: Config, subject: Subject = Subject()) -> data_layer.DataSets:
+    """The samples to train and to evaluate on, by name or as they were given."""
+    data = config.data
+    options: dict[str, Any] = {
+        "split_seed": data.split_seed,
+        "train_transforms": data.transforms.train,
+        "eval_transforms": data.transforms.eval,
+    }
+    share_or_named: Any = None if data.eval == "none" else getattr(data.eval, "split", data.eval)
+    if subject.data is None:
+        return data_layer.build(data.name, data.args, evaluation=share_or_named, **options)
+    if isinstance(subject.data, tuple):
+        return data_layer.combine(*subject.data, **options)
+    return data_layer.combine(subject.data, share_or_named, **options)
+
+
+def prepare_whole(config: Config, subject: Subject = Subject()) -> nn.Module:
+    """The plain model with its initial values, frozen where it should be: whole, on the host."""
+    return _prepare(config, subject, World(), shards=False).model
+
+
+def _prepare(config: Config, subject: Subject, world: World, *, shards: bool) -> Prepared:
+    given = subject.model
+    make = partial(models.build, config.model.name, config.model.args) if given is None else partial(_given, given)
+    return prepare(
+        make,
+        fillable=given is None and models.is_fillable(config.model.name),
+        freeze=lambda model: freeze_parameters(model, config.finetune.freeze),
+        seed=config.run.seed,
+        device=world.device,
+        dtype=DTYPES[config.precision],
+        num_processes=world.size,
+        shards=shards,
+    )
+
+
+def _given(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    made = model if isinstance(model, nn.Module) else model()
+    if not isinstance(made, nn.Module):
+        raise ModelError(
+            f"model() returned {type(made).__name__}",
+            remedy="give a torch.nn.Module, or a function that makes one",
+        )
+    return made
+
+
+def _choices(config: Config, prepared: Prepared) -> Choices:
+    fsdp = config.engine.fsdp
+    return Choices(
+        clip_grad_norm=config.optim.clip_grad_norm,
+        shard_size=fsdp.shard_size,
+        reshard_after_forward=fsdp.reshard_after_forward,
+        cpu_offload=fsdp.cpu_offload,
+        fill=prepared.fill,
+    )
+
+
+def _loaders(config: Config, sets: data_layer.DataSets, world: World) -> tuple[TrainLoader, EvalLoader | None]:
+    data = config.data
+    shared: dict[str, Any] = {
+        "batch_size": data.batch_size,
+        "rank": world.rank,
+        "world_size": world.size,
+        "workers": data.workers,
+    }
+    train = TrainLoader(sets.train, micro_batch_size=config.train.micro_batch_size, seed=config.run.seed, **shared)
+    if sets.eval is None:
+        return train, None
+    # The most that a rank runs at once in training is what it can hold in evaluation.
+    micro = config.train.micro_batch_size
+    if micro is not None:
+        shared["batch_size"] = min(data.batch_size, micro * world.size)
+    return train, EvalLoader(sets.eval, max_batches=config.eval.max_batches, **shared)
+
+
+def _try_first_batch(config: Config, task: Task, model: nn.Module, sets: data_layer.DataSets, world: World) -> None:
+    """Let the task refuse data and a model that do not fit, with two samples, before anything is wrapped."""
+    check = getattr(task, "check", None)
+    if check is None:
+        return
+    loader = TrainLoader(
+        sets.train,
+        batch_size=_TRIED_SAMPLES * world.size,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.run.seed,
+    )
+    check(model, next(loader.steps()).microbatches[0])
+
+
+def _cadence(config: Config, steps_per_epoch: int) -> Cadence:
+    every = config.eval
+    total_steps = config.train.steps or (config.train.epochs or 0) * steps_per_epoch
+    eval_every = every.every_steps or (every.every_epochs * steps_per_epoch if every.every_epochs else None)
+    return Cadence(total_steps, steps_per_epoch, config.track.log_every, eval_every)

@@ -1,0 +1,1 @@
+"""Starting runs: on this machine, later on clusters. Nothing here imports torch."""

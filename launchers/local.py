@@ -1,0 +1,200 @@
+"""Ranks on this machine, through torchrun: rank 0 on the terminal, a log for each of the others, and one clear end.
+
+When a rank fails, torchrun ends the others; what it says of that goes to a log of its own, and the cause is printed
+last.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from bigtrain.runs import ATTEMPT_VARIABLE, RankFailure, read_errors
+from launchers.plan import LaunchPlan, interpreter
+
+# After the first rank has failed, the others get this long to end by themselves, and everything has ended 10 seconds
+# after it.
+_GRACE_SECONDS = 4
+_LIMIT_SECONDS = 7.0
+
+_AGENT_FAILED = re.compile(rb"^E\d{4} .*torch/distributed/elastic")
+_AGENT_SPEAKS = re.compile(rb"^[EWI]\d{4} .*torch/distributed/")
+_EXIT_OF_RANK = re.compile(r"rank\s+: (\d+) \(local_rank.*?exitcode\s+: (-?\d+)", re.DOTALL)
+
+
+def run(plan: LaunchPlan, attempt: Path) -> int:
+    """Start the ranks, wait for them, and say why it ended if it ended badly.
+
+    Args:
+        plan: What to start.
+        attempt: The attempt's part of the run folder: logs and errors go there.
+
+    Returns:
+        The exit code: 0, or that of the rank that failed first.
+    """
+    log = attempt / "logs" / "torchrun.log"
+    environment = {
+        **os.environ,
+        **plan.environment,
+        ATTEMPT_VARIABLE: str(attempt),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_GRACE_SECONDS),
+        "PYTHONUNBUFFERED": "1",
+    }
+    process = subprocess.Popen(_torchrun(plan, attempt), env=environment, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    pump = threading.Thread(target=_pass_on, args=(process.stderr, log), daemon=True)
+    pump.start()
+    with _forwarding(process):
+        code = _wait(process, attempt)
+    pump.join(timeout=2)
+    _name_logs(attempt)
+    return 0 if code == 0 else _explain(attempt, log, code)
+
+
+def _torchrun(plan: LaunchPlan, attempt: Path) -> list[str]:
+    others = ",".join(f"{rank}:3" for rank in range(1, plan.nproc))
+    redirects = ["--redirects", others] if others else []
+    return [
+        interpreter(),
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=1",
+        f"--nproc-per-node={plan.nproc}",
+        "--max-restarts=0",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=127.0.0.1:0",
+        "--local-addr=127.0.0.1",
+        f"--log-dir={attempt / 'logs' / '.torchrun'}",
+        *redirects,
+        "-m",
+        *plan.program,
+    ]
+
+
+def _pass_on(stream: IO[bytes], log: Path) -> None:
+    """Copy what ranks write to stderr to the terminal, and what torchrun says to its log."""
+    failed = False
+    with log.open("wb") as file:
+        for line in stream:
+            failed = failed or bool(_AGENT_FAILED.match(line))
+            if failed or _AGENT_SPEAKS.match(line):
+                file.write(line)
+                file.flush()
+            else:
+                sys.stderr.buffer.write(line)
+                sys.stderr.buffer.flush()
+
+
+class _forwarding:  # noqa: N801 - reads as a verb where it is used
+    """Hand SIGTERM on to torchrun, which hands it to the ranks; a terminal sends SIGINT to all of them by itself."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    def __enter__(self) -> None:
+        self._before = {
+            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: self._process.terminate()),
+            signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
+        }
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _wait(process: subprocess.Popen[bytes], attempt: Path) -> int:
+    """Wait for torchrun; some seconds after a rank has left word of its failure, end everything that is left."""
+    failed_at: float | None = None
+    while True:
+        try:
+            return process.wait(timeout=0.2)
+        except subprocess.TimeoutExpired:
+            if failed_at is None and any((attempt / "errors").glob("rank-*.json")):
+                failed_at = time.monotonic()
+            if failed_at is not None and time.monotonic() - failed_at > _LIMIT_SECONDS:
+                for pid in (*reversed(descendants(process.pid)), process.pid):
+                    _kill(pid)
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes below a process, parents first; empty where the system has no /proc."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = [int(child) for child in task.read_text().split()]
+        except OSError:
+            continue
+        for child in children:
+            found += [child, *descendants(child)]
+    return found
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _name_logs(attempt: Path) -> None:
+    """Give the logs of the ranks names that say what they are."""
+    logs = attempt / "logs"
+    for stream in logs.glob(".torchrun/*/attempt_0/*/*.log"):
+        target = logs / f"rank-{int(stream.parent.name):05d}.{stream.stem}"
+        if stream.stat().st_size:
+            stream.replace(target)
+
+
+def _explain(attempt: Path, log: Path, code: int) -> int:
+    """Print the cause of the end, last on the screen, and return its exit code."""
+    failures = read_errors(attempt)
+    killed = _killed_ranks(log)
+    sys.stdout.flush()
+    if killed:
+        rank, number = killed[0]
+        print(
+            f"\nerror: rank {rank} was ended by {signal.Signals(number).name}\n"
+            f"  at: {attempt / 'logs'}\n"
+            f"  do: {_advice(number)}",
+            file=sys.stderr,
+        )
+        return 128 + number
+    if failures:
+        print("\n" + _tell(failures[0]), file=sys.stderr)
+        return failures[0].exit_code
+    print(f"\nerror: torchrun ended with exit code {code}\n  at: {log}", file=sys.stderr)
+    return code if code > 0 else 1
+
+
+def _killed_ranks(log: Path) -> list[tuple[int, int]]:
+    """Ranks that a signal ended, other than the one torchrun ends the rest with."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    found = [(int(rank), -int(code)) for rank, code in _EXIT_OF_RANK.findall(text)]
+    return [(rank, number) for rank, number in found if number > 0 and number not in (signal.SIGTERM, signal.SIGINT)]
+
+
+def _advice(number: int) -> str:
+    if number == signal.SIGKILL:
+        return (
+            "if nobody killed it, the machine ran out of memory: see the kernel's log, and lower train.micro_batch_size"
+        )
+    return "a library crashed in native code; see that rank's log"
+
+
+def _tell(failure: RankFailure) -> str:
+    """A failure in a few lines: a user's error without the traceback, any other with it."""
+    place = f"rank {failure.rank}" + (
+        f", after step {failure.step}" if failure.step is not None else ", before the first step"
+    )
+    if failure.exit_code == 1 and failure.remedy is None:
+        return f"{failure.traceback.rstrip()}\nerror: {place}: {failure.type}: {failure.message}"
+    lines = [f"error: {failure.message}", f"  at: {place}" + (f"; {failure.where}" if failure.where else "")]
+    if failure.remedy:
+        lines.append("  do: " + failure.remedy.replace("\n", "\n      "))
+    return "\n".join(lines)

@@ -1,0 +1,31 @@
+"""What holds for all tests: skips are counted, and in CI a skip outside tests/gpu is a failure."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+_skipped: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and not report.nodeid.startswith("tests/gpu/"):
+        _skipped.append(report.nodeid)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if os.environ.get("BIGTRAIN_FAIL_ON_SKIP") and _skipped:
+        session.exitstatus = 1
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(f"skipped outside tests/gpu: {len(_skipped)} {' '.join(_skipped)}".rstrip())
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests do not inherit a launcher's variables."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "BIGTRAIN_ATTEMPT_DIR"):
+        monkeypatch.delenv(name, raising=False)

@@ -1,0 +1,111 @@
+"""The state of every engine at every world size, loaded in memory into every other: bitwise equal, and it trains on alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bigtrain.dist import join
+from bigtrain.errors import StateError
+from bigtrain.state import MemoryReader
+from tests.helpers import zoo
+from tests.helpers.distributed import run_distributed
+from tests.helpers.engines import assert_same_state, build, everything, train, weights
+
+PLACES = [("single", 1), ("ddp", 1), ("ddp", 2), ("ddp", 3), ("fsdp", 1), ("fsdp", 2), ("fsdp", 3), ("hsdp", 4)]
+BEFORE, AFTER = range(3), range(3, 6)
+
+
+def train_and_keep(layout: str, folder: str) -> None:
+    with join("cpu", needs_group=layout != "single") as world:
+        for frozen in (False, True):
+            for optim in (zoo.ADAMW, zoo.SGD):
+                engine = build(layout, world, frozen=frozen, optim=optim)
+                train(engine, world, 2, BEFORE)
+                state = everything(engine, world)
+                if world.is_main:
+                    torch.save((state.tensors, state.hyper), f"{folder}/{_name(layout, world.size, frozen, optim)}")
+
+
+def load_from_all(layout: str, folder: str) -> None:
+    with join("cpu", needs_group=layout != "single") as world:
+        for frozen in (False, True):
+            for optim in (zoo.ADAMW, zoo.SGD):
+                reference, tail = _plain_run(frozen, optim)
+                for source in PLACES:
+                    case = f"{source} -> {layout} × {world.size}, frozen {frozen}, {optim['name']}"
+                    reader = MemoryReader(*torch.load(f"{folder}/{_name(*source, frozen, optim)}", weights_only=False))
+                    engine = build(layout, world, frozen=frozen, optim=optim)
+                    train(engine, world, 1, range(10, 12))  # what was there before must not matter
+                    engine.load(reader)
+                    assert_same_state(everything(engine, world), reader, case)
+                    ours = train(engine, world, 2, AFTER)
+                    for mine, theirs in zip(ours, tail, strict=True):
+                        assert max(map(zoo.relative, mine, theirs)) < 3e-6, case
+                    assert zoo.distance(weights(everything(engine, world)), reference) < 2e-5, case
+                    engine.close()
+
+
+def _plain_run(frozen: bool, optim: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[tuple[float, float]]]:
+    model = zoo.make_odd(frozen)
+    seen, _ = zoo.plain_loop(model, AFTER.stop, optim=optim)
+    return {name: p.detach() for name, p in model.named_parameters()}, seen[AFTER.start :]
+
+
+def _name(layout: str, world_size: int, frozen: bool, optim: dict[str, Any]) -> str:
+    return f"{layout}-{world_size}-{frozen}-{optim['name']}.pt"
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("states")
+    for layout, world_size in PLACES:
+        run_distributed(train_and_keep, world_size, layout, str(folder))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "world_size"), PLACES)
+def test_loads_the_state_of_every_engine(states: Path, layout: str, world_size: int) -> None:
+    run_distributed(load_from_all, world_size, layout, str(states))
+
+
+def refuse_what_does_not_fit(layout: str) -> None:
+    with join("cpu", needs_group=layout != "single") as world:
+        engine = build(layout, world)
+        before = everything(engine, world)
+        tensors = dict(before.tensors)
+        tensors["weight", "mix"] = torch.zeros(4, zoo.WIDTH)
+        tensors["weight", "renamed"] = tensors.pop(("weight", "temperature"))
+        tensors["buffer", "shift"] = tensors["buffer", "shift"].double()
+        with pytest.raises(StateError) as caught:
+            engine.load(MemoryReader(tensors, before.hyper))
+        for wrong in ("missing: weight temperature", "extra: weight renamed", "different: weight mix", "different: buffer shift"):
+            assert wrong in str(caught.value)
+        assert_same_state(everything(engine, world), before)
+
+
+@pytest.mark.parametrize(("layout", "world_size"), [("single", 1), ("fsdp", 2)])
+def test_lists_everything_that_does_not_fit_and_loads_nothing(layout: str, world_size: int) -> None:
+    run_distributed(refuse_what_does_not_fit, world_size, layout)
+
+
+def groups_keep_their_own_hyperparameters(layout: str) -> None:
+    """One group's numbers must not be copied over another's."""
+    with join("cpu", needs_group=layout != "single") as world:
+        source, target = build(layout, world), build(layout, world, optim={"name": "adamw", "lr": 1.0, "groups": [{"match": "layers.1.*", "lr": 2.0}]})
+        train(source, world, 1, range(2))
+        target.load(everything(source, world))
+        rates = {name: hyper["lr"] for name, hyper in target.state().hyper.items()}
+        assert rates["layers.1.up.weight"] == 1e-2
+        assert rates["mix"] == 3e-3
+        assert target.state().hyper["mix"]["weight_decay"] == 0.1
+        assert target.state().hyper["layers.1.up.bias"]["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize(("layout", "world_size"), [("single", 1), ("ddp", 2), ("fsdp", 2)])
+def test_groups_keep_their_own_hyperparameters(layout: str, world_size: int) -> None:
+    run_distributed(groups_keep_their_own_hyperparameters, world_size, layout)

@@ -1,0 +1,148 @@
+"""A model with every oddity that engines trip over, data for it, and a plain loop to compare with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bigtrain.protocols import Batch, LossSum
+
+VOCAB, WIDTH = 13, 8
+BATCH = 10
+
+
+class OddBlock(nn.Module):
+    """Two linear layers, a norm, and a prime dimension between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, 17)
+        self.down = nn.Linear(17, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, WIDTH)
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class Odd(nn.Module):
+    """Tied weights, a block used twice, a scalar, a parameter of 3 rows, a buffer that is saved and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.layers = nn.ModuleList(OddBlock() for _ in range(3))
+        self.mix = nn.Parameter(torch.randn(3, WIDTH) * 0.1)
+        self.temperature = nn.Parameter(torch.tensor(0.7))
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("shift", torch.linspace(-0.1, 0.1, WIDTH))
+        self.register_buffer("scratch", torch.ones(1), persistent=False)
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.layers)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B,) -> (B, VOCAB)
+        x = self.embed(tokens) + self.shift * self.scratch
+        for layer in (self.layers[0], self.layers[1], self.layers[2], self.layers[1]):
+            x = layer(x)
+        x = x + F.linear(F.linear(x, self.mix), self.mix.T)
+        return self.head(x) * self.temperature
+
+
+class OddTask:
+    """Cross-entropy."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        tokens, labels = batch.data
+        losses = F.cross_entropy(model(tokens), labels, reduction="none")
+        return LossSum((losses * batch.weight).sum(), batch.weight.sum())
+
+
+def make_odd(frozen: bool = False, dtype: torch.dtype = torch.float32) -> Odd:
+    torch.manual_seed(5)
+    model = Odd().to(dtype)
+    if frozen:
+        model.layers[0].requires_grad_(False)
+        model.layers[2].up.requires_grad_(False)
+    return model
+
+
+def global_batch(step: int) -> tuple[Tensor, Tensor]:
+    """The samples of one step; the last step of each five is a short one."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    n = 3 if step % 5 == 4 else BATCH
+    return torch.randint(VOCAB, (n,), generator=generator), torch.randint(VOCAB, (n,), generator=generator)
+
+
+def my_microbatches(step: int, rank: int, world_size: int, accumulation: int) -> list[Batch]:
+    """This rank's part of a step, in `accumulation` microbatches; an empty one repeats a sample with weight 0."""
+    tokens, labels = global_batch(step)
+    mine = torch.arange(len(tokens)).tensor_split(world_size)[rank]
+    batches = []
+    for part in mine.tensor_split(accumulation):
+        index = part if len(part) else mine[-1:] if len(mine) else torch.tensor([0])
+        weight = torch.ones(len(index)) if len(part) else torch.zeros(1)
+        batches.append(Batch((tokens[index], labels[index]), weight, len(part), index.tolist()))
+    return batches
+
+
+# lr, betas … chosen so that clipping bites and decay matters; two groups with rates of their own.
+ADAMW = {"name": "adamw", "lr": 3e-3, "weight_decay": 0.1, "groups": [{"match": "layers.1.*", "lr": 1e-2}]}
+SGD = {"name": "sgd", "lr": 0.1, "weight_decay": 0.01, "args": {"momentum": 0.9, "nesterov": True}}
+CLIP = 0.5
+
+
+def lr_factor(step: int) -> float:
+    return 0.5 + 0.5 * math.cos(step / 7)
+
+
+def plain_loop(
+    model: Odd, steps: int, *, start: int = 0, optim: dict[str, Any] = ADAMW
+) -> tuple[list[tuple[float, float]], Any]:
+    """Train with torch alone, whole batches, the mean loss: (loss, norm) of every step, and the optimizer."""
+    undecayed = lambda name, p: p.ndim < 2 or "norm" in name  # noqa: E731
+    fast = lambda name: name.startswith("layers.1.") and "groups" in optim  # noqa: E731
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {
+            "params": [p],
+            "lr": optim["groups"][0]["lr"] if fast(n) else optim["lr"],
+            "weight_decay": 0.0 if undecayed(n, p) else optim["weight_decay"],
+        }
+        for n, p in named
+    ]
+    cls = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optim["name"]]
+    optimizer = cls(groups, **optim.get("args", {}))
+    rates = [group["lr"] for group in groups]
+    seen = []
+    for step in range(start, start + steps):
+        tokens, labels = global_batch(step)
+        loss = F.cross_entropy(model(tokens), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_([p for _, p in named], CLIP)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * lr_factor(step)
+        optimizer.step()
+        seen.append((loss.item(), norm.item()))
+    return seen, optimizer
+
+
+def relative(a: float, b: float) -> float:
+    return abs(a - b) / max(abs(b), 1e-30)
+
+
+def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """All tensors together: the norm of the difference over the norm."""
+    assert ours.keys() == theirs.keys()
+    difference = sum(float((ours[k].double() - theirs[k].double()).square().sum()) for k in theirs)
+    return math.sqrt(difference / sum(float(t.double().square().sum()) for t in theirs.values()))
+
+
+def concatenated(batches: Sequence[Batch]) -> int:
+    return sum(batch.num_valid for batch in batches)
