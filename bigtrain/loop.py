@@ -305,7 +305,8 @@ def moved(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
         if isinstance(value, Mapping):
             return {key: move(item) for key, item in value.items()}
         if isinstance(value, (tuple, list)):
-            return type(value)(move(item) for item in value)
+            moved_items = [move(item) for item in value]
+            return type(value)(*moved_items) if hasattr(value, "_fields") else type(value)(moved_items)
         return value
 
     return replace(batch, data=move(batch.data), weight=batch.weight.to(device, non_blocking=True))

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from bigtrain.config import schema
-from bigtrain.errors import ConfigError, PatternError, UserError
+from bigtrain.errors import PatternError, UserError
 from bigtrain.models.blocks import norm_and_bias
-from bigtrain.named import load
+from bigtrain.named import check_arguments, load
 from bigtrain.patterns import match_names
 
 Schedule = Callable[[int], float]
@@ -49,6 +49,8 @@ class OptimizerPlan:
 
     Attributes:
         cls: The optimizer's class.
+        args: What its constructor is given besides the groups: some classes keep an argument to themselves, and all
+            of torch's check values there alone.
         groups: The groups, by name.
         elementwise: Whether the update of an element depends on nothing but that element, so that shards may be
             updated alone.
@@ -56,32 +58,42 @@ class OptimizerPlan:
     """
 
     cls: type[torch.optim.Optimizer]
+    args: Mapping[str, Any]
     groups: tuple[Group, ...]
     elementwise: bool
     fusable: bool
 
     def build(self, tensors: Mapping[str, Tensor]) -> torch.optim.Optimizer:
-        """Make the optimizer over `tensors`, which holds every name of every group."""
+        """Make the optimizer over `tensors`, which holds every name of every group.
+
+        Raises:
+            UserError: Where the class refuses the value of an argument.
+        """
         param_groups = [
             {"params": [tensors[n] for n in g.names], **g.hyper, "names": g.names, "base_lr": g.hyper["lr"]}
             for g in self.groups
         ]
         fused: dict[str, Any] = {"fused": True} if self.fusable else {}
-        return self.cls(param_groups, **fused)
+        try:
+            return self.cls(param_groups, **self.args, **fused)
+        except (TypeError, ValueError, RuntimeError) as cause:
+            given = ", ".join(f"{name}={value!r}" for name, value in self.args.items())
+            raise UserError(f"{self.cls.__name__} refuses {given}: {cause}", where="optim") from cause
 
 
 def plan_optimizer(model: nn.Module, config: schema.Optim) -> OptimizerPlan:
     """Decide class, groups and hyperparameters for the trainable parameters of a plain, unsharded model.
 
-    For each parameter the last matching entry of `optim.groups` wins. Parameters of normalisation layers, biases and
-    parameters of fewer than two dimensions are not decayed, unless `decay_norms_and_biases` is set or their group
-    says so.
+    Of the entries of `optim.groups` that match a parameter, the last one to give a rate decides its rate, and the
+    last one to give a decay its decay. Parameters of normalisation layers, biases and parameters of fewer than two
+    dimensions are not decayed, unless `decay_norms_and_biases` is set or their group says so.
 
     Raises:
         PatternError: Where a pattern matches no parameter, or only frozen ones.
-        ConfigError: Where the optimizer does not know an argument.
+        UserError: Where there is no such optimizer, or it does not know an argument.
     """
     cls = _find_class(config.name)
+    common = _common_arguments(cls, config)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise PatternError("nothing to train: every parameter is frozen", where="finetune.freeze")
@@ -89,16 +101,16 @@ def plan_optimizer(model: nn.Module, config: schema.Optim) -> OptimizerPlan:
     overrides = _overrides_by_name(config.groups, named)
     groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
     for name in named:
-        hyper: dict[str, Any] = {"lr": config.lr, **config.args}
-        if "weight_decay" in inspect.signature(cls).parameters:
-            hyper["weight_decay"] = 0.0 if name in undecayed else config.weight_decay
+        hyper = dict(common)
+        if name in undecayed and "weight_decay" in hyper:
+            hyper["weight_decay"] = 0.0
         hyper |= overrides[name]
         groups.setdefault(repr(sorted(hyper.items())), (hyper, []))[1].append(name)
-    _check_arguments(cls, config)
     built_in = config.name in _BUILT_IN
     implementation_is_chosen = bool({"fused", "foreach", "dampening"} & set(config.args))
     return OptimizerPlan(
         cls,
+        common,
         tuple(Group(tuple(names), hyper) for hyper, names in groups.values()),
         elementwise=built_in or bool(getattr(cls, "elementwise", False)),
         fusable=built_in and not implementation_is_chosen,
@@ -114,11 +126,19 @@ def _find_class(name: str) -> type[torch.optim.Optimizer]:
     return cls
 
 
-def _check_arguments(cls: type[torch.optim.Optimizer], config: schema.Optim) -> None:
-    known = [p for p in inspect.signature(cls).parameters if p not in ("params", "lr", "weight_decay")]
-    unknown = sorted(set(config.args) - set(known))
-    if unknown:
-        raise ConfigError(f"optim.args: {cls.__name__} has no {', '.join(unknown)}; it has {', '.join(known)}")
+def _common_arguments(cls: type[torch.optim.Optimizer], config: schema.Optim) -> dict[str, Any]:
+    """What every group starts from: rate, weight decay where the class has one, and the further arguments."""
+    where = "optim.args"
+    for name in sorted({"params", "lr", "weight_decay"} & set(config.args)):
+        remedy = "the learning rate and the weight decay are optim.lr and optim.weight_decay"
+        raise UserError(f"{name} cannot stand in optim.args", where=where, remedy=remedy)
+    check_arguments(cls, {"params": (), "lr": config.lr, **config.args}, name=config.name, error=UserError, where=where)
+    parameters = inspect.signature(cls).parameters.values()
+    if any(p.name == "weight_decay" or p.kind == p.VAR_KEYWORD for p in parameters):
+        return {"lr": config.lr, **config.args, "weight_decay": config.weight_decay}
+    if any(group.weight_decay is not None for group in config.groups):
+        raise UserError(f"{config.name} has no weight decay, and a group sets it", where="optim.groups")
+    return {"lr": config.lr, **config.args}
 
 
 def _overrides_by_name(groups: Sequence[schema.OptimGroup], named: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:

@@ -55,7 +55,7 @@ def prepare(
 ) -> Prepared:
     """Build a model and make it ready for an engine, in this order.
 
-    1. Build: a fillable model on the meta device, any other on the host under the seed.
+    1. Build: a fillable model that will be sharded on the meta device, any other on the host under the seed.
     2. Freeze: what is trained decides which parameters get gradients and optimizer state.
     3. Convert to the dtype of the run, before an engine wraps: DDP and FSDP2 take parameters as they find them.
     4. Give values and move, unless the engine shards the model: then each rank fills only what it holds.
@@ -74,16 +74,15 @@ def prepare(
         CombinationError: Where the model would compute something else on several processes than on one.
     """
     seed_everything(seed)
-    with torch.device("meta" if fillable else "cpu"):
+    with torch.device("meta" if fillable and shards else "cpu"):
         model = make()
     freeze(model)
     refuse_local_batchnorm(model, num_processes)
     model.to(dtype=dtype)
     model.train()
-    if fillable and not shards:
-        model.to_empty(device=device)
-        fill_pieces(model, _whole_pieces(model), seed)
     if not shards:
+        if fillable:
+            fill_pieces(model, _whole_pieces(model), seed)
         model.to(device)
     blocks = [block for _, block in find_blocks(model)]
     fill = (lambda pieces: fill_pieces(model, pieces, seed)) if fillable and shards else None
@@ -149,7 +148,8 @@ def _initial_values(model: nn.Module, piece: Piece, seed: int) -> Tensor:
 
 def _initial_chunk(model: nn.Module, piece: Piece, seed: int, chunk: int, total: int) -> Tensor:
     values = torch.empty(min(_FILL_CHUNK, total - chunk * _FILL_CHUNK))
-    torch.manual_seed(xxhash.xxh64_intdigest(f"{seed}/{piece.name}/{chunk}".encode()) >> 1)
+    # Not torch.manual_seed, which would seed the devices' generators as well.
+    torch.default_generator.manual_seed(xxhash.xxh64_intdigest(f"{seed}/{piece.name}/{chunk}".encode()) >> 1)
     model.init_tensor(piece.name, values)  # type: ignore[operator]
     return values
 

@@ -115,24 +115,27 @@ def assemble(states: Iterable[EngineState]) -> MemoryReader:
     """Put the pieces of all ranks together into full tensors.
 
     Raises:
-        StateError: Where owners leave a hole, overlap, or disagree on a tensor's shape.
+        StateError: Where owners leave a hole or overlap, or ranks disagree on a tensor's shape or dtype.
     """
     tensors: dict[tuple[str, str], Tensor] = {}
-    filled: dict[tuple[str, str], int] = {}
+    filled: dict[tuple[str, str], Tensor] = {}  # which elements are there
+    wrong: set[tuple[str, str]] = set()
     hyper: dict[str, dict[str, Any]] = {}
     for state in states:
         hyper = hyper or state.hyper
         for piece in state.pieces:
-            if not piece.is_owner:
-                continue
             full = tensors.setdefault(piece.key, torch.empty(piece.shape, dtype=piece.dtype))
-            if tuple(full.shape) != piece.shape:
-                raise StateError(
-                    f"{piece.kind} {piece.name} has shape {piece.shape} on one rank, {tuple(full.shape)} on another"
-                )
-            full[piece.box.slices] = piece.data.detach().to("cpu")
-            filled[piece.key] = filled.get(piece.key, 0) + piece.data.numel()
-    wrong = [f"{kind} {name}" for (kind, name), n in filled.items() if n != tensors[kind, name].numel()]
+            there = filled.setdefault(piece.key, torch.zeros(piece.shape, dtype=torch.bool))
+            if (tuple(full.shape), full.dtype) != (piece.shape, piece.dtype):
+                ours, theirs = f"{piece.shape} {piece.dtype}", f"{tuple(full.shape)} {full.dtype}"
+                raise StateError(f"{piece.kind} {piece.name} is {ours} on one rank, {theirs} on another")
+            if piece.is_owner:
+                if there[piece.box.slices].any():
+                    wrong.add(piece.key)
+                full[piece.box.slices] = piece.data.detach().to("cpu")
+                there[piece.box.slices] = True
+    wrong |= {key for key, there in filled.items() if not there.all()}
     if wrong:
-        raise StateError(f"pieces do not cover each tensor exactly once: {', '.join(wrong)}")
+        names = ", ".join(sorted(f"{kind} {name}" for kind, name in wrong))
+        raise StateError(f"pieces do not cover each tensor exactly once: {names}")
     return MemoryReader(tensors, hyper)

@@ -50,7 +50,7 @@ def keys(
     section: Annotated[str | None, typer.Argument(help="A section or a key, as optim.", show_default=False)] = None,
 ) -> None:
     """List the keys of a run file with their help."""
-    from bigtrain.config.keys import keys_below
+    from bigtrain.config.nearest import keys_below
 
     _print_table([(key.path, key.takes, key.default or "", key.help) for key in keys_below(section or "")])
 

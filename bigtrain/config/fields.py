@@ -59,11 +59,6 @@ class Section(BaseModel):
             return {}
         return {cls.shorthand: value} if cls.shorthand and isinstance(value, str) else value
 
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchema:
-        shape = handler(schema)
-        return {"anyOf": [{"type": "string"}, shape]} if cls.shorthand else shape
-
 
 def _is_name(value: str) -> str:
     if ":" in value and not _PATH_TO_OBJECT.fullmatch(value):

@@ -33,8 +33,8 @@ def read_file(path: Path, problems: Problems, *, prefix: str = "") -> Node | Non
     return None
 
 
-def with_base(node: Node, folder: Path, problems: Problems) -> Node:
-    """Lay a file over its base, where it names one.
+def with_base(node: Node, folder: Path, problems: Problems) -> Node | None:
+    """A file over its base, where it names one; None where the base cannot be read.
 
     Args:
         node: The file's mapping.
@@ -42,16 +42,8 @@ def with_base(node: Node, folder: Path, problems: Problems) -> Node:
         problems: Everything that is wrong is added here.
     """
     given = node.child(keys.BASE)
-    if given is None:
-        return node
-    own = Node({name: child for name, child in _items(node) if name != keys.BASE}, node.origin)
-    base = _read_base(given, folder, problems)
-    return merge(base, own, problems) if base else own
-
-
-def _read_base(given: Node, folder: Path, problems: Problems) -> Node | None:
-    if given.value is None:
-        return None
+    if given is None or given.value is None:
+        return _without_base(node)
     if not isinstance(given.value, str):
         said = f"base: {keys.show(given.plain())} does not fit"
         problems.append(Problem(said, given.origin, keys.BASE, remedy="it takes the path of a run file"))
@@ -59,15 +51,18 @@ def _read_base(given: Node, folder: Path, problems: Problems) -> Node | None:
     found: Problems = []
     base = read_file(folder / given.value, found, prefix="base ")
     problems += [p if p.where else Problem(p.text, given.origin, keys.BASE, p.suggestions, p.remedy) for p in found]
-    second = base.child(keys.BASE) if base else None
+    if base is None:
+        return None
+    second = base.child(keys.BASE)
     if second is not None:
         said, remedy = "a base cannot have a base itself", "put what both hold into one file"
         problems.append(Problem(said, second.origin, keys.BASE, remedy=remedy))
-    return base and Node({name: child for name, child in _items(base) if name != keys.BASE}, base.origin)
+    return merge(_without_base(base), _without_base(node), problems)
 
 
-def _items(node: Node) -> list[tuple[str, Node]]:
-    return list(node.value.items()) if isinstance(node.value, dict) else []
+def _without_base(node: Node) -> Node:
+    assert isinstance(node.value, dict)
+    return Node({name: child for name, child in node.value.items() if name != keys.BASE}, node.origin)
 
 
 def _reason(error: Exception) -> str:
@@ -78,7 +73,7 @@ def _no_file(path: Path) -> Problem:
     folder = path.parent
     if not folder.is_dir():
         return Problem(f"there is no file {path}", remedy=f"there is no folder {folder} either")
-    names = sorted(p.name for p in folder.iterdir() if p.suffix in (".yaml", ".yml"))
+    names = sorted(p.name for p in folder.glob("*") if p.suffix in (".yaml", ".yml"))
     near = tuple(str(folder / name) for name in nearest_words(path.name, names))
     remedy = f"{folder.resolve()} holds {', '.join(names[:10]) or 'no run file'}"
     return Problem(f"there is no file {path}", suggestions=near, remedy=remedy)

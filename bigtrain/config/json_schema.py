@@ -14,14 +14,17 @@ def json_schema() -> dict[str, Any]:
     """The JSON schema of a run file, with every key's help; `x-available` says how far a key is built."""
     schema = Config.model_json_schema()
     _describe(Config, schema)
+    shapes = schema["$defs"]
     for section in _sections_below(Config):
-        _describe(section, schema["$defs"][section.__name__])
+        name = section.__name__
+        _describe(section, shapes[name])
+        if section.shorthand:
+            shapes[name] = {"anyOf": [{"type": "string"}, shapes[name]]}
     schema["properties"][BASE] = {"type": "string", "description": BASE_HELP}
     return schema
 
 
-def _describe(section: type[Section], definition: dict[str, Any]) -> None:
-    shape = definition.get("anyOf", [definition])[-1]  # a word may stand for the section
+def _describe(section: type[Section], shape: dict[str, Any]) -> None:
     for name, value in shape["properties"].items():
         value["description"] = help_of(section, name)
 

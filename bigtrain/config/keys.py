@@ -16,7 +16,6 @@ from pydantic.fields import FieldInfo
 from bigtrain.config.fields import Available, OneOrMany, Section
 from bigtrain.config.help import help_of
 from bigtrain.config.schema import Config
-from bigtrain.errors import ConfigError, Problem
 
 Path: TypeAlias = tuple[str | int, ...]
 
@@ -34,6 +33,7 @@ class Key:
         default: Its default in YAML; None where it has to be given, or is a section.
         help: Its sentence of help.
         available: What of it is built so far, in YAML; None where all of it is.
+        is_section: Whether it holds keys and nothing else.
     """
 
     path: str
@@ -89,11 +89,11 @@ def sections_at(path: Path) -> list[type[Section]]:
 
 def is_position(part: str | int) -> bool:
     """Whether a part of a path counts the items of a list."""
-    return isinstance(part, int) or part.isdecimal()
+    return isinstance(part, int) or (part.isdecimal() and len(part) < 10)
 
 
 def field_at(path: Path) -> FieldInfo | None:
-    """The field that a path leads to, or the one in whose value it ends."""
+    """The field at a path; for an item of a list, that of the list."""
     while path and is_position(path[-1]):
         path = path[:-1]
     if not path:
@@ -102,7 +102,8 @@ def field_at(path: Path) -> FieldInfo | None:
     return next((field for field in fields if field), None)
 
 
-def keys_at(path: Path) -> list[Key]:
+@cache
+def keys_at(path: Path) -> tuple[Key, ...]:
     """The keys that a section at this path takes."""
     prefix = ".".join(map(str, path))
     found: dict[str, Key] = {}
@@ -111,28 +112,13 @@ def keys_at(path: Path) -> list[Key]:
             found.setdefault(name, _key(f"{prefix}.{name}" if prefix else name, section, name))
     if not path:
         found[BASE] = Key(BASE, "text", "null", BASE_HELP)
-    return list(found.values())
+    return tuple(found.values())
 
 
 @cache
 def all_keys() -> tuple[Key, ...]:
     """Every key of the run file, in its order."""
     return (Key(BASE, "text", "null", BASE_HELP), *_walk((Config,), ""))
-
-
-def keys_below(path: str) -> list[Key]:
-    """A key of the run file and all keys below it; the empty path is that of the run file itself.
-
-    Raises:
-        ConfigError: Where there is no such key.
-    """
-    below = [key for key in all_keys() if not path or f"{key.path}.".startswith((f"{path}.", f"{path}[]."))]
-    if not below:
-        from bigtrain.config.nearest import nearest_words
-
-        near = nearest_words(path, [key.path for key in all_keys()])
-        raise ConfigError([Problem(f"there is no key {path}", key=path, suggestions=tuple(near))])
-    return below
 
 
 def _walk(sections: Sequence[type[Section]], prefix: str) -> Iterator[Key]:
@@ -163,6 +149,9 @@ def available_in(field: FieldInfo) -> Available | None:
     return next((mark for mark in field.metadata if isinstance(mark, Available)), None)
 
 
+_WORDS = {bool: "true | false", int: "int", float: "number", str: "text", type(None): "null"}
+
+
 def kind_of(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     """What a key takes, in one line: `auto | int > 0`."""
     origin, args = get_origin(annotation), get_args(annotation)
@@ -181,9 +170,6 @@ def kind_of(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         shape = "{" + ", ".join(annotation.model_fields) + "}"
         return f"{annotation.shorthand} | {shape}" if annotation.shorthand else shape
     return _WORDS.get(annotation, str(annotation)) + _bounds(metadata)
-
-
-_WORDS = {bool: "true | false", int: "int", float: "number", str: "text", type(None): "null"}
 
 
 def _bounds(metadata: Iterable[Any]) -> str:

@@ -19,6 +19,7 @@ COMMAND_LINE = "command line"
 _EXCLUSIVE: dict[Path, tuple[frozenset[str], frozenset[str]]] = {
     ("train",): (frozenset({"epochs"}), frozenset({"steps"})),
     ("data", "eval"): (frozenset({"split"}), frozenset({"name", "args"})),
+    ("eval",): (frozenset({"every_epochs"}), frozenset({"every_steps"})),
 }
 
 
@@ -36,23 +37,12 @@ def _read_override(override: str, problems: Problems) -> Node | None:
     name, equals, text = override.partition("=")
     path = name.strip().split(".")
     if not equals or not all(path) or len(path) > MAX_DEPTH:
-        problems.append(
-            Problem(
-                f"{override!r} is not an override",
-                COMMAND_LINE,
-                remedy="write key.path=VALUE, as in optim.lr=3e-4",
-            )
-        )
+        said, remedy = f"{override!r} is not an override", "write key.path=VALUE, as in optim.lr=3e-4"
+        problems.append(Problem(said, COMMAND_LINE, remedy=remedy))
         return None
-    if path == [keys.BASE]:
-        problems.append(
-            Problem(
-                "base cannot be given on the command line",
-                COMMAND_LINE,
-                keys.BASE,
-                remedy="put it into the run file",
-            )
-        )
+    if path[0] == keys.BASE:
+        said, remedy = "base cannot be given on the command line", "put it into the run file"
+        problems.append(Problem(said, COMMAND_LINE, keys.BASE, remedy=remedy))
         return None
     found: Problems = []
     node = read_yaml(text, lambda line: COMMAND_LINE, found)
@@ -77,7 +67,8 @@ def merge(low: Node, high: Node, problems: Problems, path: Path = (), *, exclude
     for name, node in high.value.items():
         below = merged.get(name)
         merged[name] = merge(below, node, problems, (*path, name), exclude=exclude) if below else node
-    return Node(merged, high.origin)
+    # What is missing from a section is missing from a file, not from the command line.
+    return Node(merged, low.origin if high.origin == COMMAND_LINE else high.origin)
 
 
 def _expand(low: Node, path: Path) -> Node:
@@ -92,7 +83,7 @@ def _patch(low: Node, high: Node, problems: Problems, path: Path, *, exclude: bo
     """Merge `{0: …}` into the items of a list."""
     assert isinstance(low.value, list)
     assert isinstance(high.value, dict)
-    if not all(name.isdecimal() for name in high.value):
+    if not all(map(keys.is_position, high.value)):
         return high
     items = list(low.value)
     for name, node in high.value.items():

@@ -70,16 +70,18 @@ def from_dict(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Resol
     Raises:
         ConfigError: As `load`.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError([Problem(f"a run file is a mapping of keys, not {keys.show(values)}", remedy="give a dict")])
     problems: Problems = []
     return _resolve(from_python(values, "config", problems), overrides, problems, None)
 
 
 def _resolve(node: Node | None, overrides: Sequence[str], problems: Problems, path: Path | None) -> Resolved:
     layer = read_overrides(overrides, problems)
-    if node is None:
+    whole = node and with_base(node, path.parent if path else Path(), problems)
+    if whole is None:
         raise _error(problems)
-    tree = with_base(node, path.parent if path else Path(), problems)
-    tree = _with_name(merge(tree, layer, problems), path)
+    tree = _with_name(merge(whole, layer, problems), path)
     try:
         config = Config.model_validate(tree.plain())
     except ValidationError as error:

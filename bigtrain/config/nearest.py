@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from functools import cache
 
-from bigtrain.config.keys import Key
+from bigtrain.config.keys import Key, all_keys
+from bigtrain.errors import ConfigError, Problem
 
 
 def distance(a: str, b: str, limit: int) -> int | None:
@@ -37,8 +37,22 @@ def nearest_words(wrong: str, words: Iterable[str], count: int = 3) -> list[str]
     return [word for _, _, word in ranked[:count]]
 
 
+def keys_below(path: str) -> list[Key]:
+    """A key of the run file and all keys below it; the empty path is that of the run file itself.
+
+    Raises:
+        ConfigError: Where there is no such key.
+    """
+    below = [key for key in all_keys() if not path or f"{key.path}.".startswith((f"{path}.", f"{path}[]."))]
+    if not below:
+        near = nearest_words(path, [key.path for key in all_keys()])
+        remedy = "`bigtrain config keys` lists them all"
+        raise ConfigError([Problem(f"there is no key {path}", key=path, suggestions=tuple(near), remedy=remedy)])
+    return below
+
+
 def nearest_keys(
-    wrong: str, here: Sequence[Key], everywhere: Iterable[Key], given: Collection[str], count: int = 3
+    wrong: str, here: Sequence[Key], everywhere: Sequence[Key], given: Collection[str], count: int = 3
 ) -> list[Key]:
     """The keys that were probably meant by `wrong`, best first.
 
@@ -49,22 +63,22 @@ def nearest_keys(
         given: The names that the section already has, which are less probable.
         count: How many at most.
     """
-    ranked: dict[str, tuple[float, Key]] = {}
-    for key in everywhere:
-        if key.name == wrong:
-            ranked[key.path] = (0.5, key)
-        elif (rank := _rank(wrong, key.name)) is not None:
-            ranked[key.path] = (rank + 2.5, key)
-    for key in here:
-        rank = _rank(wrong, key.name)
-        if rank is not None:
-            ranked[key.path] = (rank + 0.25 * (key.name in given), key)
-    best = sorted(ranked.values(), key=lambda entry: entry[0])
-    close = [key for rank, key in best if rank <= best[0][0] + 1]
-    return close[:count] or _by_meaning(wrong, everywhere, count)
+    ranked = _ranked(wrong, here, given)
+    ranked += [(0.5, key) for key in everywhere if key.name == wrong]
+    if not ranked:
+        ranked = _ranked(wrong, everywhere, ())
+    if not ranked:
+        return _by_meaning(wrong, everywhere, count)
+    ranked.sort(key=lambda entry: entry[0])
+    best, _ = ranked[0]
+    return [key for rank, key in ranked if rank <= best + 1][:count]
 
 
-@cache
+def _ranked(wrong: str, keys: Iterable[Key], given: Collection[str]) -> list[tuple[float, Key]]:
+    ranks = ((_rank(wrong, key.name), key) for key in keys)
+    return [(rank + 0.25 * (key.name in given), key) for rank, key in ranks if rank is not None]
+
+
 def _rank(wrong: str, right: str) -> float | None:
     """The distance of two words, or None where they have too little in common, or are the same."""
     if wrong == right:

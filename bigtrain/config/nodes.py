@@ -112,8 +112,12 @@ def read_yaml(text: str, origin_of: Callable[[int], str], problems: Problems) ->
     return None
 
 
-def from_python(value: object, origin: str, problems: Problems) -> Node:
-    """Make the same tree of a Python value; what cannot stand in a run file is added to `problems`."""
+def from_python(value: object, origin: str, problems: Problems) -> Node | None:
+    """Make the same tree of a Python value; what cannot stand in a run file is added to `problems`.
+
+    Returns:
+        The tree, or None where the value is deeper or larger than any run file.
+    """
     budget = iter(range(MAX_NODES))
 
     def convert(value: object, path: tuple[str, ...]) -> Node:
@@ -139,8 +143,9 @@ def from_python(value: object, origin: str, problems: Problems) -> Node:
     try:
         return convert(value, ())
     except _UnreadableError:
-        problems.append(Problem(f"deeper than {MAX_DEPTH} levels, or more than {MAX_NODES} values", where=origin))
-        return Node({}, origin)
+        said = f"deeper than {MAX_DEPTH} levels, or more than {MAX_NODES} values"
+        problems.append(Problem(said, where=origin, remedy="look for a list or mapping that holds itself"))
+        return None
 
 
 class _UnreadableError(Exception):
@@ -207,7 +212,7 @@ class _Reader:
             value = read_scalar(event.value) if event.implicit[0] else event.value
         except ValueError:
             value = event.value
-            self.report(f"a number of {len(event.value)} digits is too long", line)
+            self.report(f"a number of {len(event.value)} digits is too long", line, remedy="put it in quotes")
         self._place(value, line)
         self._placed(line, size=1, height=0)
         if event.anchor:

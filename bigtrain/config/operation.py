@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from bigtrain.config.fields import Available, ListOf, Section
+from bigtrain.config.fields import Available, ListOf, Section, refuse
 
 
 class Fsdp(Section):
@@ -98,13 +107,26 @@ class Eval(Section):
     """When the model is evaluated, and on how much."""
 
     every_epochs: PositiveInt | None = 1
-    """Evaluate after this many epochs; null: not by epochs."""
+    """Evaluate after this many epochs, and at the end; null: at the end only."""
 
     every_steps: PositiveInt | None = None
-    """Evaluate after this many optimizer steps; null: not by steps."""
+    """Evaluate after this many optimizer steps instead of epochs, and at the end."""
 
     max_batches: PositiveInt | None = None
     """The most batches that one evaluation runs; null: all of them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_instead_of_epochs(cls, value: Any) -> Any:
+        by_steps = isinstance(value, Mapping) and value.get("every_steps") is not None
+        return {"every_epochs": None, **value} if by_steps else value
+
+    @field_validator("every_steps")
+    @classmethod
+    def _not_both(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("every_epochs") is not None:
+            raise refuse("cannot stand beside eval.every_epochs", "keep one of the two")
+        return value
 
 
 class Track(Section):

@@ -30,7 +30,10 @@ def explain(error: ValidationError, tree: Node) -> list[Problem]:
                 found[path] = _unknown_key(path, node, tree)
             case other if path not in found:
                 found[path] = _misfit(other, path, node, detail)
-    return [*found.values(), *_missing(missing, tree, found)]
+    # Where a key takes several shapes, what is wrong inside the shape that was given says more than that none fits.
+    explained = {path[:length] for path in (*found, *missing) for length in range(len(path))}
+    told = {path: p for path, p in found.items() if path not in explained or not _section_at(tree, path)}
+    return [*told.values(), *_missing(missing, tree, told)]
 
 
 def _locate(loc: tuple[int | str, ...], tree: Node) -> tuple[Path, Node]:
@@ -53,7 +56,7 @@ def dotted(path: Path) -> str:
 def _unknown_key(path: Path, node: Node, tree: Node) -> Problem:
     wrong, parent = str(path[-1]), path[:-1]
     here = keys.keys_at(parent)
-    given = _at(tree, parent)
+    given = _section_at(tree, parent)
     if wrong in {key.name for key in here}:
         return _other_shape(path, node, [name for name in given if name != wrong])
     name = dotted(path)
@@ -79,7 +82,7 @@ def _where(path: Path) -> str:
     return dotted(path) or "a run file"
 
 
-def _at(tree: Node, path: Path) -> Mapping[str, Node]:
+def _section_at(tree: Node, path: Path) -> Mapping[str, Node]:
     """What is given in the section at a path."""
     node: Node | None = tree
     for part in path:
@@ -93,7 +96,7 @@ def _missing(paths: list[Path], tree: Node, found: Mapping[Path, Problem]) -> It
         name = dotted(path)
         unknown = [p for at, p in found.items() if at[:-1] == path[:-1] and p.text.startswith("there is no key")]
         several_shapes = len(keys.sections_at(path[:-1])) > 1
-        if any(several_shapes or problem.suggestions[:1] == (name,) for problem in unknown):
+        if path[:-1] in found or any(several_shapes or problem.suggestions[:1] == (name,) for problem in unknown):
             continue
         _, parent = _locate(path[:-1], tree)
         key = next(key for key in keys.keys_at(path[:-1]) if key.name == path[-1])
@@ -101,14 +104,14 @@ def _missing(paths: list[Path], tree: Node, found: Mapping[Path, Problem]) -> It
 
 
 def _misfit(kind: str, path: Path, node: Node, detail: Mapping[str, Any]) -> Problem:
-    name = dotted(path) or "the run file"
+    name = dotted(path)
     value = node.plain()
-    field = keys.field_at(path)
+    # A word that stands for a section is checked as one of its keys.
+    field = keys.field_at((*path, *detail["loc"][-1:])) or keys.field_at(path)
     shown = name if isinstance(value, dict) and kind == REFUSED else f"{name}: {show(value)}"
     if kind == REFUSED:
         return Problem(f"{shown} {detail['msg']}", node.origin, name, (), detail["ctx"]["remedy"])
-    if field is None:
-        return Problem(f"a run file is a mapping of keys, not {show(value)}", node.origin)
+    assert field is not None  # pydantic only finds fault with fields
     if kind == NOT_AVAILABLE:
         built = " or ".join(show(value) for value in mark.values) if (mark := keys.available_in(field)) else ""
         return Problem(f"{shown} {NOT_YET}", node.origin, name, (), f"set it to {built}, or leave it out")

@@ -195,7 +195,7 @@ class Schedule(Section):
     """The shape after the warm-up; wsd stays at 1 and decays linearly at the end of the run."""
 
     warmup_steps: NonNegativeInt = 0
-    """Optimizer steps over which the learning rate rises linearly from 0."""
+    """Optimizer steps over which the learning rate rises linearly to its full value."""
 
     unit: Literal["step", "epoch"] = "step"
     """Whether the factor changes at every step or only between epochs; step_size counts in it, too."""

@@ -69,10 +69,16 @@ def create(name: str, split: str, args: Mapping[str, Any] | None = None, *, wher
     if name.startswith(_TORCHVISION):
         from bigtrain.data import torchvision_datasets
 
-        made: Any = torchvision_datasets.create(name.removeprefix(_TORCHVISION), split, args, where=f"{where}.args")
+        made: Any = torchvision_datasets.create(name.removeprefix(_TORCHVISION), split, args, where=where)
     else:
         factory: Callable[..., Any] = load(_find(name, where), error=DataError, where=f"{where}.name")
-        made = call(partial(factory, split), args, name=name, error=DataError, where=f"{where}.args")
+        try:
+            made = call(partial(factory, split), args, name=name, error=DataError, where=f"{where}.args")
+        except DataError as error:
+            # A source does not know which section of the run file it is made for.
+            if error.where and error.where.startswith("data.args"):
+                error.where = where + error.where.removeprefix("data")
+            raise
     return checked(made, name, where=where)
 
 
@@ -98,20 +104,16 @@ def build(
     Raises:
         DataError: If anything of it cannot be found or read, or does not fit together.
     """
-    train = create(name, "train", args)
-    if evaluation is None or isinstance(evaluation, (int, float)):
-        held_out: Dataset | float | None = evaluation
-    else:
-        if name == evaluation.name in _HAVE_ONE_PART and dict(args or {}) == dict(evaluation.args):
-            raise DataError(
-                f"evaluation would see the samples of training: both are {name} with the same args",
-                where="data.eval",
-                remedy="give other args, or hold out a share: data.eval: {split: 0.1}",
-            )
-        held_out = create(evaluation.name, "eval", evaluation.args, where="data.eval")
+    is_same = isinstance(evaluation, Named) and (evaluation.name, dict(evaluation.args)) == (name, dict(args or {}))
+    if is_same and name in _HAVE_ONE_PART:
+        raise DataError(
+            f"evaluation would see the samples of training: both are {name} with the same args",
+            where="data.eval",
+            remedy="give other args, or hold out a share: data.eval: {split: 0.1}",
+        )
     return combine(
-        train,
-        held_out,
+        create(name, "train", args),
+        evaluation,
         split_seed=split_seed,
         train_transforms=train_transforms,
         eval_transforms=eval_transforms,
@@ -120,17 +122,17 @@ def build(
 
 def combine(
     train: Dataset,
-    evaluation: Dataset | float | None = None,
+    evaluation: Dataset | Named | float | None = None,
     *,
     split_seed: int = 0,
     train_transforms: Sequence[Named] = (),
     eval_transforms: Sequence[Named] = (),
 ) -> DataSets:
-    """Datasets that exist already, made ready for loaders.
+    """A dataset that exists already, made ready for loaders, and what it is evaluated on.
 
     Args:
         train: The samples to train on, and to hold a share out of.
-        evaluation: The samples to evaluate on, the share to hold out, or None.
+        evaluation: The samples to evaluate on, as they are or by name and args; the share to hold out; or None.
         split_seed: Chooses the samples that are held out.
         train_transforms: What is done to the images of training samples.
         eval_transforms: What is done to the images of evaluation samples.
@@ -146,6 +148,8 @@ def combine(
         seen_in_evaluation = _transformed(train, eval_transforms, "data.transforms.eval")
         rest, held_out = split(seen_in_training, seen_in_evaluation, evaluation, split_seed)
         return DataSets(rest, held_out, str(Digest(fingerprint(train), f"{evaluation} {split_seed}")))
+    if isinstance(evaluation, Named):
+        evaluation = create(evaluation.name, "eval", evaluation.args, where="data.eval")
     checked(evaluation, type(evaluation).__name__, where="data.eval")
     _check_same_classes(train, evaluation)
     seen_in_evaluation = _transformed(evaluation, eval_transforms, "data.transforms.eval")

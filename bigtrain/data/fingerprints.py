@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bigtrain.data.randomness import seed_generators, untouched_generators
+from bigtrain.data.reading import cannot_read
 from bigtrain.protocols import Dataset
 
 
@@ -48,7 +49,11 @@ def hash_samples(dataset: Dataset) -> str:
     with untouched_generators():
         for index in sorted({0, length // 2, length - 1}):
             seed_generators(0, 0, index)
-            _add(digest, dataset[index])
+            try:
+                sample = dataset[index]
+            except Exception as error:
+                raise cannot_read([index], error) from error
+            _add(digest, sample)
     return str(digest)
 
 

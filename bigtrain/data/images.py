@@ -38,7 +38,8 @@ class TensorImages:
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The whole batch by one gather."""
-        which = torch.from_numpy(np.array(indices, dtype=np.int64))  # ten times as fast as torch.tensor(list)
+        # Through numpy, which takes a list ten times as fast as torch does.
+        which = torch.from_numpy(np.fromiter(indices, np.int64, len(indices)))
         return self.images.index_select(0, which), self.labels.index_select(0, which)
 
     def fingerprint(self) -> str:
@@ -65,15 +66,16 @@ def digits(split: str, *, size: int = 8) -> TensorImages:
             remedy="hold out a share of them: data.eval: {split: 0.2}",
         )
     if not (isinstance(size, int) and size > 0):
-        raise DataError(f"size: {size!r} is not a positive number of pixels", where="data.args.size")
+        raise DataError(
+            f"size: {size!r} is not a positive number of pixels", where="data.args.size", remedy="give 8, or 28"
+        )
     found = load_digits()
     images = torch.from_numpy(found.images).to(torch.float32).unsqueeze(1) / 16
     if size != images.shape[-1]:
         images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
     images = (images - _DIGITS_MEAN) / _DIGITS_STD
-    return TensorImages(
-        images, torch.from_numpy(found.target.astype(np.int64)), [str(name) for name in found.target_names]
-    )
+    labels = torch.from_numpy(found.target.astype(np.int64))
+    return TensorImages(images, labels, [str(name) for name in found.target_names])
 
 
 class LibraryImages:
@@ -98,11 +100,7 @@ class LibraryImages:
     def __getitem__(self, index: int) -> Any:
         try:
             return self._library[index]
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-        ) as error:  # what Pillow raises for a file that is missing or damaged
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for missing and damaged files
             raise DataError(
                 f"an image cannot be read: {error}",
                 where=self._path(index),

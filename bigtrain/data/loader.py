@@ -60,6 +60,10 @@ class TrainLoader:
         static_shapes: Fill every microbatch up to its full size with samples of weight 0.
         collate: Puts a list of samples together, instead of the dataset's own or torch's.
 
+    Attributes:
+        num_samples: Samples in an epoch.
+        steps_per_epoch: Steps in an epoch.
+
     Raises:
         DataError: If the dataset is empty.
     """
@@ -78,7 +82,6 @@ class TrainLoader:
         collate: Collate | None = None,
     ) -> None:
         self.num_samples = _length(dataset)
-        self.batch_size = batch_size
         self.steps_per_epoch = -(-self.num_samples // batch_size)
         share = -(-batch_size // world_size)
         base, order = _resolve(dataset, shuffled(self.num_samples, seed))
@@ -100,7 +103,7 @@ class TrainLoader:
             DataError: If `start` lies outside the dataset, or a sample cannot be read.
         """
         for plan, data in self._fetcher.run(self._planner.steps(start)):
-            microbatches = [_batch(*pair) for pair in zip(plan.microbatches, data, strict=True)]
+            microbatches = [_batch(each, found) for each, found in zip(plan.microbatches, data, strict=True)]
             yield StepBatch(microbatches, plan.epoch, plan.step_in_epoch, plan.num_samples, plan.end)
 
     def close(self) -> None:
@@ -120,6 +123,9 @@ class EvalLoader:
         static_shapes: Fill every batch up to its full size with samples of weight 0.
         max_batches: End after so many; None goes through all samples.
         collate: Puts a list of samples together, instead of the dataset's own or torch's.
+
+    Attributes:
+        num_samples: Samples in a pass, on all ranks together.
 
     Raises:
         DataError: If the dataset is empty.
@@ -150,7 +156,7 @@ class EvalLoader:
         return self._num_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        plans = islice(self._planner.first_epoch(), self._num_batches)
+        plans = islice(self._planner.steps(START), self._num_batches)
         for plan, data in self._fetcher.run(plans):
             yield _batch(plan.microbatches[0], data[0])
 

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import chain, count
 from typing import NamedTuple
 
 import numpy as np
 
-from bigtrain.data.order import Order
+from bigtrain.data.order import Integers, Order
 from bigtrain.errors import DataError
 
 # How many indices and steps a rank computes at once, over the ends of epochs: numpy's fixed cost is then
 # spread over many steps, and the first step waits no more than some milliseconds for it.
-_BLOCK, _STEPS = 16384, 256
+_INDICES, _STEPS = 16384, 256
 
 
 class Position(NamedTuple):
@@ -101,42 +101,30 @@ class Planner:
                 f"epoch {start.epoch} cannot go on at sample {start.offset} of {self.num_samples}",
                 remedy="go on with the dataset that the run was started with",
             )
-        return self._plan(self._spans(start))
+        block = min(max(1, _INDICES * self.world_size // self.batch_size), _STEPS)
+        return chain.from_iterable(self._plan(start, np.arange(first, first + block)) for first in count(0, block))
 
-    def first_epoch(self) -> Iterator[StepPlan]:
-        """The steps of epoch 0, and no more."""
-        return self._plan(takewhile(lambda span: span[0].epoch == 0, self._spans(START)))
-
-    def _spans(self, start: Position) -> Iterator[tuple[Position, int]]:
-        """Where each step begins and how many samples it has."""
-        epoch, offset = start
-        while True:
-            while offset < self.num_samples:
-                total = min(self.batch_size, self.num_samples - offset)
-                yield Position(epoch, offset), total
-                offset += total
-            epoch, offset = epoch + 1, 0
-
-    def _plan(self, spans: Iterator[tuple[Position, int]]) -> Iterator[StepPlan]:
-        steps_per_block = min(max(1, _BLOCK * self.world_size // self.batch_size), _STEPS)
-        while block := list(islice(spans, steps_per_block)):
-            yield from self._plan_block(block)
-
-    def _plan_block(self, spans: list[tuple[Position, int]]) -> Iterator[StepPlan]:
-        """Evaluate the order for many steps at once."""
-        slices = [slice_of(total, self.rank, self.world_size) for _, total in spans]
-        epochs = np.array([[begin.epoch] for begin, _ in spans])
-        offsets = np.array([[begin.offset] for begin, _ in spans])
-        firsts, sizes = np.hsplit(np.array(slices), 2)
+    def _plan(self, start: Position, steps: Integers) -> Iterator[StepPlan]:
+        """Evaluate the order for many steps at once, counted from `start` on."""
+        epochs, offsets = self._begins(start, steps)
+        totals = np.minimum(self.batch_size, self.num_samples - offsets)
+        firsts, sizes = slices_of(totals, self.rank, self.world_size)
         # Beyond a slice, its last sample again; a rank with an empty slice reads the last sample of the step.
-        positions = offsets + firsts + np.minimum(np.arange(max(sizes.max(), 1)), sizes - 1)
-        rows = self.order(epochs, positions).tolist()
-        for (begin, total), (_, size), indices in zip(spans, slices, rows, strict=True):
-            epoch, offset = begin
-            end = Position(epoch, offset + total)
-            if end.offset == self.num_samples:
-                end = Position(epoch + 1, 0)
-            yield StepPlan(self._cut(indices, size, total), epoch, -(-offset // self.batch_size), total, end)
+        within = np.minimum(np.arange(max(sizes.max(), 1)), sizes[:, None] - 1)
+        rows = self.order(epochs[:, None], (offsets + firsts)[:, None] + within)
+        end_epochs, end_offsets = self._begins(start, steps + 1)
+        numbers = -(-offsets // self.batch_size)
+        columns = (rows, sizes, epochs, numbers, totals, end_epochs, end_offsets)
+        for row, size, epoch, number, total, *end in zip(*(column.tolist() for column in columns), strict=True):
+            yield StepPlan(self._cut(row, size, total), epoch, number, total, Position(*end))
+
+    def _begins(self, start: Position, steps: Integers) -> tuple[Integers, Integers]:
+        """In which epoch each step is, counted from `start` on, and how many samples were consumed before it there."""
+        steps_left = -(-(self.num_samples - start.offset) // self.batch_size)
+        steps_per_epoch = -(-self.num_samples // self.batch_size)
+        later = steps - steps_left  # counted from the next epoch on
+        offsets = np.where(later < 0, start.offset + steps * self.batch_size, later % steps_per_epoch * self.batch_size)
+        return start.epoch + 1 + later // steps_per_epoch, offsets
 
     def _cut(self, indices: list[int], num_valid: int, total: int) -> list[MicrobatchPlan]:
         """Cut this rank's slice of a step into as many microbatches as the longest slice needs."""
@@ -152,7 +140,7 @@ class Planner:
         return plans
 
 
-def slice_of(total: int, rank: int, world_size: int) -> tuple[int, int]:
-    """Where a rank's slice of `total` samples begins and how long it is; the longer slices come first."""
-    size, longer = divmod(total, world_size)
-    return rank * size + min(rank, longer), size + (rank < longer)
+def slices_of(totals: Integers, rank: int, world_size: int) -> tuple[Integers, Integers]:
+    """Where a rank's slice of each total begins and how long it is; the longer slices come first."""
+    sizes, longer = np.divmod(totals, world_size)
+    return rank * sizes + np.minimum(rank, longer), sizes + (rank < longer)

@@ -69,7 +69,7 @@ class Reader:
         except Exception as error:
             for index in indices:  # one by one, only to find the one that fails
                 self._one(index)
-            raise _cannot_read(indices, error) from error
+            raise cannot_read(indices, error) from error
 
     def _seeded(self, epoch: int, index: int) -> Any:
         seed_generators(self._seed, epoch, index)
@@ -79,10 +79,11 @@ class Reader:
         try:
             return self._dataset[index]
         except Exception as error:
-            raise _cannot_read([index], error) from error
+            raise cannot_read([index], error) from error
 
 
-def _cannot_read(indices: Sequence[int], error: Exception) -> DataError:
+def cannot_read(indices: Sequence[int], error: Exception) -> DataError:
+    """The error for samples that cannot be read: it names the sample, or the range where it is not known which."""
     place = f"sample {indices[0]}" if len(indices) == 1 else f"a batch of samples {min(indices)} … {max(indices)}"
     if isinstance(error, DataError):
         return DataError(error.problem, where=f"{place}: {error.where}" if error.where else place, remedy=error.remedy)
@@ -199,6 +200,8 @@ class _Pool:
             num_workers=workers,
             collate_fn=_same,
             persistent_workers=True,
+            # Whatever Python's default is: forked workers share the memory of the dataset, others would get a copy.
+            multiprocessing_context="fork",
             # Its own generator: DataLoader draws the seed of its workers from the global one otherwise.
             generator=torch.Generator(),
         )

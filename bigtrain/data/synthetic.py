@@ -20,6 +20,7 @@ from bigtrain.errors import DataError
 from bigtrain.named import call, suggest
 
 _POOL = 1 << 20  # from how many places of the pool a window may begin
+_TO_PLACE = np.uint64(64 - 20)  # leaves a place: the upper bits, as the lower ones choose labels
 _STREAM = 0x5E17_4E71
 
 
@@ -88,7 +89,11 @@ def synthetic(split: str, *, kind: str, **args: Any) -> Synthetic:
         )
     counts = [v for value in args.values() for v in (value if isinstance(value, (list, tuple)) else [value])]
     if wrong := [value for value in counts if not (isinstance(value, int) and value > 0)]:
-        raise DataError(f"synthetic takes positive whole numbers, not {wrong[0]!r}", where="data.args")
+        raise DataError(
+            f"synthetic takes positive whole numbers, not {wrong[0]!r}",
+            where="data.args",
+            remedy="correct that argument: samples, shape and the like are counts",
+        )
     made = call(_KINDS[kind], args, name=f"synthetic {kind}", error=DataError, where="data.args")
     samples, make, facts = made
     return Synthetic(samples, make, f"synthetic-{kind}-{split}-{sorted(args.items())}", mix(split == "eval"), **facts)
@@ -113,11 +118,13 @@ def _regression(samples: int = 1024, shape: Sequence[int] = (16,), targets: int 
     """Linear in the inputs, of variance 1; (float32 (samples, *shape), float32 (samples, targets))."""
     inputs = _windows(shape, seed=0)
     size = prod(shape)
-    weights = np.random.RandomState(1).standard_normal((size, targets)).astype(np.float32) / np.float32(size**0.5)
+    weights = np.random.RandomState(1).standard_normal((targets, size)).astype(np.float32) / np.float32(size**0.5)
 
     def make(words: NDArray[np.uint64]) -> tuple[Tensor, Tensor]:
         values = inputs(words)
-        return torch.from_numpy(values), torch.from_numpy(values.reshape(len(words), size) @ weights)
+        # Not `@`: its sums are ordered by the size of the batch, and a sample must not depend on that.
+        sums = (values.reshape(len(words), 1, size) * weights).sum(axis=-1)
+        return torch.from_numpy(values), torch.from_numpy(sums)
 
     return samples, make, {}
 
@@ -149,7 +156,7 @@ def _windows(shape: Sequence[int], seed: int) -> Callable[[NDArray[np.uint64]], 
     rows = np.lib.stride_tricks.sliding_window_view(pool, size)
 
     def windows(words: NDArray[np.uint64]) -> NDArray[np.float32]:
-        found: NDArray[np.float32] = rows[(words % np.uint64(_POOL)).astype(np.int64)].reshape(len(words), *shape)
+        found: NDArray[np.float32] = rows[(words >> _TO_PLACE).astype(np.int64)].reshape(len(words), *shape)
         return found
 
     return windows

@@ -12,6 +12,7 @@ A document that has no tokens is left out. Where the tokenizer has an id for it,
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -130,7 +131,12 @@ def _map(path: Path, dtype: np.dtype[Any], count: int, where: str) -> NDArray[An
             where=where,
             remedy="copy it again, or write it again with `bigtrain data pack`",
         )
-    return np.memmap(path, dtype=dtype.newbyteorder("<"), mode="r", shape=(count,))
+    with path.open("rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        # Windows are read in random order: what the kernel reads around one helps the next only if it stays in memory.
+        memory.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(memory, dtype=dtype.newbyteorder("<"))
 
 
 def pack(

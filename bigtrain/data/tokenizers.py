@@ -58,8 +58,7 @@ class Bytes:
 class FromFile:
     """A tokenizer of the tokenizers library, saved as JSON.
 
-    Text is UTF-8. A document longer than 2^20 characters is tokenized in pieces that are cut at the end of a
-    line.
+    Text is UTF-8. A document longer than 2^20 characters is tokenized in pieces, cut where a line ends.
 
     Args:
         path: The file.
@@ -90,11 +89,13 @@ class FromFile:
     def encode(self, documents: Sequence[Path]) -> Iterator[tuple[NDArray[Any], bool]]:
         """The ids of the files' text, without the special tokens that a template would add."""
         waiting: list[tuple[str, bool]] = []
-        for piece in _text(documents):
-            waiting.append(piece)
-            if sum(len(text) for text, _ in waiting) >= _PIECE * _PIECES:
+        size = 0
+        for text, ends in _text(documents):
+            waiting.append((text, ends))
+            size += len(text)
+            if size >= _PIECE * _PIECES:
                 yield from self._encode(waiting)
-                waiting.clear()
+                waiting, size = [], 0
         yield from self._encode(waiting)
 
     def _encode(self, pieces: list[tuple[str, bool]]) -> Iterator[tuple[NDArray[Any], bool]]:
@@ -104,19 +105,23 @@ class FromFile:
 
 
 def _text(documents: Sequence[Path]) -> Iterator[tuple[str, bool]]:
-    """Pieces of text that end with a line, and whether each ends its document."""
+    """Pieces of text, cut where a line ends if it is not longer than a piece, and whether each ends its document."""
     for path in documents:
+        rest = ""
         try:
             with _opened(path, "r", encoding="utf-8", newline="") as file:
-                while piece := "".join(file.readlines(_PIECE)):
-                    yield piece, False
+                while read := file.read(_PIECE):
+                    text = rest + read
+                    cut = text.rfind("\n") + 1 or len(text)
+                    yield text[:cut], False
+                    rest = text[cut:]
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{str(path)!r} is not UTF-8 text: {error}",
                 remedy="leave it out (a pattern such as 'folder/**/*.txt' chooses files), convert it, or\n"
                 "use tokenizer: bytes",
             ) from error
-        yield "", True
+        yield rest, True
 
 
 def _opened(path: Path, mode: str, **options: Any) -> IO[Any]:

@@ -27,19 +27,17 @@ def create(name: str, split: str, args: Mapping[str, Any], *, where: str) -> Lib
         name: Its name in torchvision.datasets.
         split: `train` or `eval`.
         args: The library's arguments, without transforms.
-        where: The key of the run file that holds them, for errors.
+        where: The key of the run file that holds name and args, for errors.
 
     Raises:
         DataError: If there is no such dataset, an argument does not fit, or its files are neither here nor to
             be had.
     """
-    library = _find(name)
+    library = _find(name, f"{where}.name")
+    where = f"{where}.args"
     accepted = {p for p in inspect.signature(library).parameters if p not in _OURS}
-    defaults = {
-        "root": _DEFAULT_ROOT,
-        "train": split == "train",
-        "split": "train" if split == "train" else "test",
-    }
+    is_train = split == "train"
+    defaults = {"root": _DEFAULT_ROOT, "train": is_train, "split": "train" if is_train else "test"}
     if "train" in accepted:
         del defaults["split"]
     full = {key: value for key, value in defaults.items() if key in accepted} | dict(args)
@@ -65,13 +63,13 @@ def names() -> list[str]:
     return [name for name in datasets.__all__ if name not in generic and isinstance(getattr(datasets, name), type)]
 
 
-def _find(name: str) -> Callable[..., Any]:
+def _find(name: str, where: str) -> Callable[..., Any]:
     from torchvision import datasets
 
     known = names()
     if name not in known:
         remedy = "use image_folder" if name == "ImageFolder" else suggest(name, known, "datasets")
-        raise DataError(f"torchvision has no dataset {name!r}", where="data.name", remedy=remedy)
+        raise DataError(f"torchvision has no dataset {name!r}", where=where, remedy=remedy)
     library: Callable[..., Any] = getattr(datasets, name)
     return library
 
@@ -103,13 +101,11 @@ def _not_here(
 ) -> DataError:
     root = Path(args.get("root", _DEFAULT_ROOT)).absolute()
     files = _expected_files(name, library, root)
-    lines = [f"it could not be downloaded; put its files there by hand, under {root}:", *files]
+    listed = "\n".join(["it could not be downloaded; put its files there by hand:", *files])
     return DataError(
         f"torchvision/{name} cannot be read or downloaded: {type(error).__name__}: {error}",
         where=where,
-        remedy="\n".join(
-            lines if files else [f"put its files under {root}, as torchvision's documentation of {name} says"]
-        ),
+        remedy=listed if files else f"put its files under {root}, as torchvision's documentation of {name} says",
     )
 
 

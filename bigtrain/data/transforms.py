@@ -7,7 +7,7 @@ tensor before the first transform, and what is still uint8 after the last become
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,20 +18,8 @@ from bigtrain.named import call, suggest
 from bigtrain.protocols import Dataset
 
 # All others are taken to draw random numbers: to seed for nothing costs microseconds.
-_NOT_RANDOM = {
-    *(
-        "CenterCrop",
-        "ConvertImageDtype",
-        "Grayscale",
-        "Normalize",
-        "Pad",
-        "PILToTensor",
-        "RGB",
-        "Resize",
-        "ToDtype",
-    ),
-    *("ToImage", "ToPureTensor"),
-}
+_NOT_RANDOM = {"CenterCrop", "ConvertImageDtype", "Grayscale", "Normalize", "Pad", "PILToTensor", "RGB", "Resize"}
+_NOT_RANDOM |= {"ToDtype", "ToImage", "ToPureTensor"}
 _NOT_FOR_A_RUN_FILE = {
     "Compose": "the list is one already",
     "Lambda": "it needs code: write a dataset of your own",
@@ -44,6 +32,7 @@ _NOT_FOR_A_RUN_FILE = {
 }
 
 
+@runtime_checkable
 class Named(Protocol):
     """A name and arguments, as the run file has them."""
 

@@ -43,7 +43,11 @@ class Windows:
         fingerprint: Callable[[], str],
     ) -> None:
         if not (isinstance(context, int) and context > 0):
-            raise DataError(f"context: {context!r} is not a positive number of tokens", where="data.args")
+            raise DataError(
+                f"context: {context!r} is not a positive number of tokens",
+                where="data.args.context",
+                remedy="give what the model's context is",
+            )
         if len(tokens) <= context:
             raise DataError(
                 f"the text has {len(tokens)} tokens, and one sample of context {context} needs {context + 1}",
@@ -53,12 +57,9 @@ class Windows:
         self.context = context
         self.vocab_size = vocab_size
         self._length = (len(tokens) - 1) // context
-        # Overlapping rows of one memory, as a plain array: indexing a numpy.memmap itself costs microseconds
-        # more.
-        item = tokens.itemsize
-        self._rows = np.lib.stride_tricks.as_strided(
-            np.asarray(tokens), (self._length, context + 1), (context * item, item), writeable=False
-        )
+        self._rows = np.lib.stride_tricks.sliding_window_view(tokens, context + 1)[
+            ::context
+        ]  # overlaps, copies nothing
         self._documents = documents
         self._fingerprint = fingerprint
 
@@ -70,7 +71,7 @@ class Windows:
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The whole batch by one gather."""
-        which = np.array(indices, dtype=np.int64)
+        which = np.fromiter(indices, np.int64, len(indices))
         batch = {"tokens": torch.from_numpy(self._rows[which].astype(np.int64))}
         if self._documents is not None:
             batch["documents"] = torch.from_numpy(self._document_numbers(which, self._documents))
@@ -82,9 +83,8 @@ class Windows:
 
     def _document_numbers(self, which: NDArray[np.int64], documents: NDArray[np.uint64]) -> NDArray[np.int64]:
         """Count the beginnings of documents along each window; shape (samples, context + 1)."""
-        begins = which.astype(np.uint64) * np.uint64(
-            self.context
-        )  # as unsigned as the documents: else numpy converts all of those
+        # Unsigned like the documents: else numpy would convert all of those, which may be many and on the disk.
+        begins = which.astype(np.uint64) * np.uint64(self.context)
         first = np.searchsorted(documents, begins, side="right")
         last = np.searchsorted(documents, begins + np.uint64(self.context), side="right")
         counts = last - first

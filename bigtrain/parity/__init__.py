@@ -31,7 +31,7 @@ from bigtrain.parity.compare import (
     measure,
 )
 from bigtrain.parity.reference import Trajectory, train_plainly, without_true_gradient
-from bigtrain.parity.stillness import switch_off_dropout
+from bigtrain.parity.stillness import refuse_randomness, switch_off_dropout
 from bigtrain.processes import run_ranks
 from bigtrain.trainer import Subject, build_data, build_task, prepare_whole
 
@@ -168,12 +168,13 @@ def judge(variant: Variant, differences: Sequence[StepDifference], horizon: int)
     """Hold the steps that count against the tolerance."""
     tolerance = TOLERANCES[variant.precision]
     counted = differences[:horizon]
-    largest = {
-        "loss": max((d.loss for d in counted), default=0.0),
-        "norm": max((d.norm for d in counted), default=0.0),
-        "parameters": max((d.parameters for d in counted), default=0.0),
-    }
-    verdict = Verdict(variant, horizon, **largest)
+    verdict = Verdict(
+        variant,
+        horizon,
+        loss=max((d.loss for d in counted), default=0.0),
+        norm=max((d.norm for d in counted), default=0.0),
+        parameters=max((d.parameters for d in counted), default=0.0),
+    )
     for step, difference in enumerate(counted):
         what = difference.exceeds(tolerance)
         if what:
@@ -200,6 +201,7 @@ def _run_plainly(config: Config, subject: Subject, steps: int, folder: Path) -> 
         model = prepare_whole(config, subject)
         switched_off = switch_off_dropout(model)
         _refuse_what_differs_by_nature(model)
+        refuse_randomness(model, task, dataset)
         place = folder / f"{splits}"
         trajectories.append(train_plainly(config, model, task, dataset, steps=steps, splits=splits, folder=place))
     reference, split = trajectories

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,7 +87,7 @@ def train_plainly(
         clip = config.optim.clip_grad_norm
         if clip is not None:
             # Not clip_grad_norm_: its float32 norm is off by 1e-4 for a large tensor on a CPU.
-            nn.utils.clip_grads_with_norm_([p for _, p in named], clip, torch.tensor(norm))
+            nn.utils.clip_grads_with_norm_([p for _, p in named], clip, torch.tensor(norm, dtype=torch.float64))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * _rate_factor(config, step, total_steps, steps_per_epoch)
         optimizer.step()
@@ -175,12 +176,13 @@ def _optimizer(config: Config, model: nn.Module, named: Sequence[tuple[str, nn.P
                 group["lr"] = group["lr"] if wanted.lr is None else wanted.lr
                 group["weight_decay"] = group["weight_decay"] if wanted.weight_decay is None else wanted.weight_decay
         groups.append(group)
-    classes = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    if optim.name in classes:
-        return classes[optim.name](groups, foreach=False, **optim.args)
+    own: dict[str, Any] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     module, _, attribute = optim.name.partition(":")
-    theirs: type[torch.optim.Optimizer] = getattr(importlib.import_module(module), attribute)
-    return theirs(groups, **optim.args)
+    cls = own.get(optim.name) or getattr(importlib.import_module(module), attribute)
+    # One parameter after the other, by the plainest of torch's implementations.
+    plainest = {"foreach": False} if optim.name in own else {}
+    made: torch.optim.Optimizer = cls(groups, **{**plainest, **optim.args})
+    return made
 
 
 def _rate_factor(config: Config, step: int, total_steps: int, steps_per_epoch: int) -> float:

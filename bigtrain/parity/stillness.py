@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
+import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
+
+from bigtrain.data import TrainLoader
+from bigtrain.errors import CombinationError
+from bigtrain.loop import moved
+from bigtrain.protocols import Dataset, Task
 
 # Attributes by which modules keep a dropout rate that is applied in a function: torch's MultiheadAttention and
 # recurrent layers, attention modules of other libraries, stochastic depth.
@@ -31,3 +39,25 @@ def switch_off_dropout(model: nn.Module) -> list[str]:
                 setattr(module, attribute, 0.0)
                 found[f"{kind}.{attribute}"] = found.get(f"{kind}.{attribute}", 0) + 1
     return [f"{kind} ({count} of them)" for kind, count in found.items()]
+
+
+def refuse_randomness(model: nn.Module, task: Task, dataset: Dataset) -> None:
+    """Refuse a model that says something else when it is asked again.
+
+    Raises:
+        CombinationError: With what can be done.
+    """
+    batch = next(TrainLoader(dataset, batch_size=2).steps()).microbatches[0]
+    dtype = next(model.parameters()).dtype
+    batch = moved(batch, torch.device("cpu"), dtype)
+    losses = set()
+    with torch.no_grad():
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            losses.add(float(task.loss(copy.deepcopy(model), batch).total))
+    if len(losses) > 1 and all(loss == loss for loss in losses):
+        raise CombinationError(
+            "the model is random in training, in a way that is not a dropout rate that could be set to 0",
+            where="model",
+            remedy="compare with that randomness switched off, by an argument of the model (model.args)",
+        )

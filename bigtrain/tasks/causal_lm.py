@@ -111,7 +111,7 @@ class CausalLM:
             return
         for row, column in ((tokens < 0) | (tokens >= self._vocab)).nonzero().tolist():
             raise DataError(
-                f"token {tokens[row, column]} of {sample(batch, row)} is outside "
+                f"token {tokens[row, column]} of {sample(batch.indices, row)} is outside "
                 f"the model's vocabulary of {self._vocab}",
                 where="data",
                 remedy="make model.args.vocab the tokenizer's number of tokens",

@@ -1,18 +1,27 @@
 """Classification: one label out of several for each sample.
 
-Cross-entropy with label smoothing and class weights, by torch's own definitions; accuracy and macro averages
-from one confusion matrix of integers, so that they do not depend on how samples were spread over ranks.
+Cross-entropy with label smoothing and class weights, by torch's own definitions; torchmetrics' scores, from
+counts that do not depend on how samples were spread over ranks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassPrecision,
+    MulticlassRecall,
+)
 
 from bigtrain.errors import DataError, ModelError, UserError
 from bigtrain.protocols import Batch, LossSum
@@ -24,7 +33,7 @@ from bigtrain.tasks.tensors import at_least_fp32, describe, mismatch, outputs, v
 # mistake.
 _NO_LABEL = -(2**62)
 
-# Up to here the confusion matrix is kept (32 MiB); beyond, three counts a class.
+# Up to here there is a confusion matrix among the results (32 MiB).
 _MATRIX_CLASSES = 2048
 
 
@@ -55,6 +64,7 @@ class Classification:
         self.label_smoothing = label_smoothing
         self.class_weights = None if class_weights is None else [float(weight) for weight in class_weights]
         self.ignore_index = ignore_index
+        self._ignored = _NO_LABEL if ignore_index is None else ignore_index
         self._weights: Tensor | None = None  # class_weights where the logits are
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
@@ -73,24 +83,23 @@ class Classification:
         try:
             total, count = self._sums(*valid) if logits.device.type == "cpu" else self._guarded_sums(*valid)
         except IndexError:
-            self._check_labels(labels, logits.shape[1], batch)
+            _check_labels(valid[1], logits.shape[1], self._ignored, batch.indices)
             raise
         return LossSum(total, count, preds=logits, target=labels)
 
     def _sums(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | float]:
         weights = self._weights_like(logits)
-        ignored = _NO_LABEL if self.ignore_index is None else self.ignore_index
         total = F.cross_entropy(
             logits,
             labels,
             weight=weights,
-            ignore_index=ignored,
+            ignore_index=self._ignored,
             reduction="sum",
             label_smoothing=self.label_smoothing,
         )
         if weights is None and self.ignore_index is None:
             return total, float(len(labels))
-        counted = labels != ignored
+        counted = labels != self._ignored
         if weights is None:
             return total, counted.sum()
         return total, (weights[labels.where(counted, 0)] * counted).sum()
@@ -100,8 +109,7 @@ class Classification:
 
         CUDA's own answer to such a label ends every later call of the process, and names no reason.
         """
-        is_class = _is_class(labels, logits.shape[1])
-        known = is_class if self.ignore_index is None else is_class | (labels == self.ignore_index)
+        known = _is_known(labels, logits.shape[1], self._ignored)
         total, count = self._sums(logits, labels.where(known, 0))
         return torch.where(known.all(), total, math.nan), count
 
@@ -115,7 +123,7 @@ class Classification:
 
     def metrics(self) -> ClassificationMetrics:
         """A fresh accumulator for one evaluation."""
-        return ClassificationMetrics(self.num_classes, self.ignore_index)
+        return ClassificationMetrics(self.num_classes, self._ignored)
 
     def check(self, model: nn.Module, batch: Batch) -> None:
         """Refuse data and models that do not fit, by one batch on the host.
@@ -140,7 +148,7 @@ class Classification:
                 remedy="return logits (samples, classes)",
             )
         self._check_classes(logits.shape[1])
-        self._check_labels(labels, logits.shape[1], batch)
+        _check_labels(valid_part(labels, batch), logits.shape[1], self._ignored, batch.indices)
 
     def _check_classes(self, num_outputs: int) -> None:
         if self.num_classes not in (None, num_outputs):
@@ -156,22 +164,21 @@ class Classification:
                 remedy="give one for each output of the model",
             )
 
-    def _check_labels(self, labels: Tensor, num_classes: int, batch: Batch) -> None:
-        known = _is_class(labels, num_classes)
-        if self.ignore_index is not None:
-            known |= labels == self.ignore_index
-        for position in (~known[: batch.num_valid]).nonzero().flatten().tolist():
-            raise DataError(
-                f"label {labels[position]} of {sample(batch, position)} is none of the {num_classes} classes "
-                f"0 to {num_classes - 1}",
-                where="data",
-                remedy="correct the labels, give the model more outputs (model.args.num_classes),\n"
-                "or leave samples with that label out by task.args.ignore_index",
-            )
+
+def _is_known(labels: Tensor, num_classes: int, ignored: int) -> Tensor:
+    return ((labels >= 0) & (labels < num_classes)) | (labels == ignored)
 
 
-def _is_class(labels: Tensor, num_classes: int) -> Tensor:
-    return (labels >= 0) & (labels < num_classes)
+def _check_labels(labels: Tensor, num_classes: int, ignored: int, indices: Sequence[int]) -> None:
+    known = _is_known(labels, num_classes, ignored)
+    for position in (~known).nonzero().flatten().tolist():
+        raise DataError(
+            f"label {labels[position]} of {sample(indices, position)} is none of the {num_classes} classes "
+            f"0 to {num_classes - 1}",
+            where="data",
+            remedy="correct the labels, give the model more outputs (model.args.num_classes),\n"
+            "or leave samples with that label out by task.args.ignore_index",
+        )
 
 
 def _check_arguments(num_classes: object, label_smoothing: object, class_weights: object) -> None:
@@ -190,76 +197,85 @@ def _check_arguments(num_classes: object, label_smoothing: object, class_weights
             raise UserError(f"{weight!r} is among the class weights", where=where, remedy=remedy)
 
 
-class ClassCounts(Metric):
-    """How often each class was the label, was predicted, and was both.
+class ClassificationMetrics(SizedMetrics):
+    """Accuracy, macro precision, recall and F1, recall by class, confusion matrix by label and prediction.
 
-    Attributes:
-        counts: int64; (classes, classes), by label and prediction, or, for many classes, (3, classes): right,
-            predicted, label.
-    """
-
-    counts: Tensor
-
-    def __init__(self, num_classes: int, ignore_index: int | None = None) -> None:
-        super().__init__(dist_sync_fn=summed_over_ranks)
-        self.num_classes, self.ignore_index = num_classes, ignore_index
-        self.has_matrix = num_classes <= _MATRIX_CLASSES
-        rows = num_classes if self.has_matrix else 3
-        zeros = torch.zeros(rows, num_classes, dtype=torch.int64)
-        self.add_state("counts", zeros, dist_reduce_fx="sum")
-
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Add samples: logits (n, classes), labels (n,). Labels that are ignored or no class are left out."""
-        counted = _is_class(labels, self.num_classes)
-        if self.ignore_index is not None:
-            counted &= labels != self.ignore_index
-        labels, predicted, ones = labels.where(counted, 0).long(), logits.argmax(dim=1), counted.long()
-        # index_add_ of integers: bincount would wait for the device
-        if self.has_matrix:
-            self.counts.view(-1).index_add_(0, labels * self.num_classes + predicted, ones)
-        else:
-            right = ones * (labels == predicted)
-            for row, (classes, amount) in enumerate(((labels, right), (predicted, ones), (labels, ones))):
-                self.counts[row].index_add_(0, classes, amount)
-
-    def compute(self) -> dict[str, Tensor]:
-        """Accuracy, macro precision, recall and F1, each class's recall, and the confusion matrix if kept."""
-        if not self.has_matrix:
-            return class_scores(*self.counts)
-        scores = class_scores(self.counts.diagonal(), self.counts.sum(0), self.counts.sum(1))
-        return {**scores, "confusion_matrix": self.counts}
-
-
-def class_scores(right: Tensor, predicted: Tensor, actual: Tensor) -> dict[str, Tensor]:
-    """Scores in float64 from counts for each class.
-
-    As in torchmetrics, macro averages are over the classes that were a label or a prediction, and a ratio
-    over nothing is 0. A class that was never a label has no recall of its own: NaN.
+    Predictions and labels are kept, 16 bytes a sample, and counted when results are computed. At every update
+    torchmetrics would fill a matrix of classes × classes, and wait for the device several times.
 
     Args:
-        right: (classes,) how often it was rightly predicted.
-        predicted: (classes,) how often it was predicted.
-        actual: (classes,) how often it was the label.
+        num_classes: How many classes there are; the first microbatch tells if it is left out.
+        ignored: A label whose samples do not count.
     """
-    right, predicted, actual = right.double(), predicted.double(), actual.double()
-    seen = (predicted + actual) > 0
-    return {
-        "accuracy": right.sum() / actual.sum(),
-        "precision": (right / predicted.clamp(min=1))[seen].mean(),
-        "recall": (right / actual.clamp(min=1))[seen].mean(),
-        "f1": (2 * right / (predicted + actual).clamp(min=1))[seen].mean(),
-        "recall_per_class": right / actual,
-    }
 
-
-class ClassificationMetrics(SizedMetrics):
-    """Accuracy, macro precision, recall and F1, recall by class, confusion matrix by label and prediction."""
-
-    def __init__(self, num_classes: int | None = None, ignore_index: int | None = None) -> None:
+    def __init__(self, num_classes: int | None, ignored: int) -> None:
         super().__init__(num_classes)
-        self._ignore_index = ignore_index
+        self._ignored = ignored
+        self._uncounted: list[Tensor] = []  # each (2, n): predictions, labels
+        self._indices: list[int] = []
 
-    def _make(self, size: int) -> Metric:
-        counts = ClassCounts(size, self._ignore_index)
-        counts.update(torch.zeros(0, size), torch.zeros(0, dtype=torch.int64))
-        return counts
+    def update(self, result: LossSum, batch: Batch) -> None:
+        """Add one microbatch; samples of weight 0 do not count."""
+        assert result.preds is not None
+        assert result.target is not None
+        logits, labels = valid_part(result.preds, batch), valid_part(result.target, batch)
+        self._size = logits.shape[1]
+        self._uncounted.append(torch.stack((logits.argmax(dim=1), labels.long())))
+        self._indices.extend(batch.indices[: batch.num_valid])
+
+    def compute(self) -> dict[str, Any]:
+        """Sum over all ranks; return floats, and tensors on the host, by name. Every rank must call it.
+
+        Raises:
+            DataError: Naming the sample whose label is outside the classes.
+        """
+        if self._uncounted:
+            predicted, labels = torch.cat(self._uncounted, dim=1)
+            _check_labels(labels, self._size, self._ignored, self._indices)
+            state = self._sized(self._size)
+            if len(labels):
+                with _counting():
+                    state.update(predicted, labels)
+            self._uncounted.clear()
+            self._indices.clear()
+        return super().compute()
+
+    def _make(self, size: int) -> MetricCollection:
+        args: dict[str, Any] = {
+            "num_classes": size,
+            "ignore_index": self._ignored,
+            "validate_args": False,  # it would look for wrong labels less thoroughly than `compute` does
+            "dist_sync_fn": summed_over_ranks,
+        }
+        scores: dict[str, Metric | MetricCollection] = {
+            "accuracy": MulticlassAccuracy(average="micro", **args),
+            "precision": MulticlassPrecision(average="macro", **args),
+            "recall": MulticlassRecall(average="macro", **args),
+            "f1": MulticlassF1Score(average="macro", **args),
+            # A class that was never a label has no recall.
+            "recall_per_class": MulticlassRecall(average=None, zero_division=math.nan, **args),
+        }
+        for score in scores.values():
+            score.set_dtype(torch.float64)  # torchmetrics divides in the dtype of its sums, integers in float32
+        if size <= _MATRIX_CLASSES:
+            scores["confusion_matrix"] = MulticlassConfusionMatrix(**args)
+        collection = MetricCollection(scores)
+        # A sample that does not count, as torchmetrics cannot take none.
+        collection.update(torch.tensor([0]), torch.tensor([self._ignored]))
+        return collection
+
+
+@contextmanager
+def _counting() -> Iterator[None]:
+    """Let torchmetrics count by `bincount`, which is exact for integers on any device.
+
+    Under deterministic algorithms it compares each sample with each cell of the matrix instead: 400 GB for
+    50,000 samples and 1,000 classes.
+    """
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(is_deterministic, warn_only=only_warns)

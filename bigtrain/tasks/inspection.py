@@ -5,7 +5,7 @@ This may be slow, and may read values; the losses may not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,8 +87,8 @@ def _placed(value: Any, like: Tensor) -> Any:
     return value
 
 
-def sample(batch: Batch, position: int) -> str:
-    """What to call the sample at a position of a batch."""
-    if position < len(batch.indices):
-        return f"sample {batch.indices[position]} of the dataset"
+def sample(indices: Sequence[int], position: int) -> str:
+    """What to call the sample at a position, given the samples' indices in the dataset where they are known."""
+    if position < len(indices):
+        return f"sample {indices[position]} of the dataset"
     return f"sample {position} of the batch"

@@ -90,9 +90,20 @@ def test_steps_and_epochs_clear_each_other_over_layers(write, other):
 
 def test_steps_and_epochs_of_one_layer_are_an_error(write):
     path = write("mine.yaml", RUN)
-    with pytest.raises(ConfigError, match="cannot stand beside train.epochs"):
+    with pytest.raises(ConfigError, match=r"cannot stand beside train\.epochs"):
         load(path, ["train.steps=1", "train.epochs=2"])
     assert load(path, ["train.steps=1", "train.epochs=null"]).config.train.steps == 1
+
+
+def test_evaluation_by_steps_replaces_that_by_epochs():
+    by_epochs = {**SMALLEST, "eval": {"every_epochs": 2}}
+    assert from_dict(SMALLEST).config.eval.every_epochs == 1
+    for run in (SMALLEST, by_epochs):
+        config = from_dict(run, ["eval.every_steps=50"]).config
+        assert (config.eval.every_steps, config.eval.every_epochs) == (50, None)
+    assert from_dict(by_epochs, ["eval.every_epochs=null"]).config.eval.every_epochs is None
+    with pytest.raises(ConfigError, match=r"cannot stand beside eval\.every_epochs"):
+        from_dict({**SMALLEST, "eval": {"every_epochs": 1, "every_steps": 5}})
 
 
 def test_evaluation_data_replace_each_other_over_layers():
@@ -207,7 +218,7 @@ def test_diff_names_what_changed():
 
 
 def test_every_run_file_of_the_repository_loads():
-    files = sorted(Path("configs").rglob("*.yaml"))
+    files = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
     assert files
     for file in files:
         assert load(file).config.run.name == file.stem

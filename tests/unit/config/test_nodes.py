@@ -174,5 +174,5 @@ def test_a_python_value_that_holds_itself_is_refused():
     endless = {}
     endless["again"] = endless
     problems = []
-    from_python(endless, "config", problems)
+    assert from_python(endless, "config", problems) is None
     assert f"deeper than {MAX_DEPTH}" in problems[0].text

@@ -1,17 +1,22 @@
 """What the schema promises about itself: help, defaults that fit, immutability, checks across keys."""
 
+import re
+
 import pytest
 from pydantic import ValidationError
 
 from bigtrain.config.fields import Named, Section
 from bigtrain.config.json_schema import json_schema
-from bigtrain.config.keys import all_keys, available_in, field_at, keys_at, keys_below, kind_of, sections_in
+from bigtrain.config.keys import all_keys, available_in, field_at, keys_at, kind_of, sections_in
+from bigtrain.config.nearest import keys_below
 from bigtrain.config.schema import Config, Data, HeldOut, Optim, Schedule, Train
 from bigtrain.errors import ConfigError
 
 SMALLEST = {"task": "classification", "model": "bigmodel", "data": {"name": "digits"}, "train": {"epochs": 1}}
 
-VOCABULARY = """
+VOCABULARY = re.findall(
+    r"\S+",
+    """
 base run.name run.dir run.seed run.deterministic run.threads task.name task.args model.name model.args
 data.name data.args data.eval.split data.eval.name data.eval.args data.split_seed data.batch_size data.workers
 data.transforms.train[].name data.transforms.eval[].args
@@ -31,7 +36,8 @@ eval.every_epochs eval.every_steps eval.max_batches
 track.log_every track.progress track.wandb track.tensorboard
 health.hang_timeout_s health.startup_timeout_s health.on_nonfinite profile.steps
 launch.target launch.nproc launch.nodes launch.profile launch.max_restarts
-""".split()
+""",
+)
 
 
 def sections(section: type[Section] = Config) -> set[type[Section]]:

@@ -2,6 +2,7 @@
 
 import math
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 import torch
@@ -225,7 +226,7 @@ def test_very_many_classes_are_counted_without_a_matrix(monkeypatch):
         torch.testing.assert_close(scores[name], expected[name], rtol=0, atol=0, equal_nan=True)
 
 
-def test_padding_ignored_and_foreign_labels_count_in_no_score():
+def test_padding_and_ignored_labels_count_in_no_score():
     logits, labels = logits_and_labels(30)
     task = Classification(ignore_index=3)
     labels[:5] = 3
@@ -238,11 +239,55 @@ def test_padding_ignored_and_foreign_labels_count_in_no_score():
     padded = task.metrics()
     batch = make_batch(*twice, num_valid=30)
     padded.update(task.loss(nn.Identity(), batch), batch)
-    foreign = task.metrics()
-    batch = make_batch(logits, labels.where(keep, 77))
-    foreign.update(task.loss(nn.Identity(), make_batch(logits, labels))._replace(target=batch.data[1]), batch)
-    for accumulator in (metrics, padded, foreign):
-        assert torch.equal(accumulator.compute()["confusion_matrix"], expected["confusion_matrix"])
+    for accumulator in (metrics, padded):
+        scores = accumulator.compute()
+        for name, value in expected.items():
+            torch.testing.assert_close(scores[name], value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_label_outside_the_classes_that_no_loss_could_look_at_is_named_with_the_scores():
+    logits, labels = logits_and_labels()
+    task = Classification()
+    metrics = task.metrics()
+    for start, foreign in ((0, 1), (7, -3)):
+        batch = make_batch(logits[start : start + 7], labels[start : start + 7])
+        batch = replace(batch, indices=range(100 + start, 107 + start))
+        result = task.loss(nn.Identity(), batch)  # as a GPU's loss, it tells nothing of the label
+        metrics.update(result._replace(target=result.target.index_fill(0, torch.tensor(2), foreign)), batch)
+    with pytest.raises(DataError, match="label -3 of sample 109 of the dataset is none of the 5 classes"):
+        metrics.compute()
+
+
+def test_scores_can_be_asked_for_between_updates():
+    logits, labels = logits_and_labels(30)
+    task = Classification()
+    metrics = task.metrics()
+    for end in (13, 30):
+        start = 0 if end == 13 else 13
+        batch = make_batch(logits[start:end], labels[start:end])
+        metrics.update(task.loss(nn.Identity(), batch), batch)
+        assert metrics.compute()["accuracy"] == (logits[:end].argmax(1) == labels[:end]).double().mean()
+
+
+def test_one_class():
+    scores = evaluate(Classification(), torch.randn(9, 1), torch.zeros(9).long())
+    assert {scores[name] for name in ("accuracy", "precision", "recall", "f1")} == {1.0}
+    assert scores["confusion_matrix"] == 9
+
+
+@pytest.mark.parametrize("only_warns", [False, True])
+def test_deterministic_algorithms_cost_no_more(only_warns):
+    # Compared cell by cell, 20,000 samples and 1,500 classes would take 360 GB.
+    logits, labels = torch.eye(1500)[:400].repeat(50, 1), torch.arange(400).repeat(50)
+    torch.use_deterministic_algorithms(True, warn_only=only_warns)
+    try:
+        scores = evaluate(Classification(), logits, labels, size=5000)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == only_warns
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert scores["f1"] == 1
+    assert torch.equal(scores["confusion_matrix"].diagonal()[:401], torch.tensor([50] * 400 + [0]))
 
 
 def test_an_evaluation_without_samples():
@@ -254,8 +299,8 @@ def test_an_evaluation_without_samples():
             batch = make_batch(logits, labels, num_valid=0)
             metrics.update(task.loss(nn.Identity(), batch), batch)
         scores = metrics.compute()
-        assert math.isnan(scores["accuracy"])
-        assert scores["confusion_matrix"].shape == (CLASSES, CLASSES)
+        assert scores["recall_per_class"].isnan().all()
+        assert torch.equal(scores["confusion_matrix"], torch.zeros(CLASSES, CLASSES, dtype=torch.int64))
 
 
 # ----------------------------------------------------------------------------------------------------- check

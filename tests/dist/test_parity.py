@@ -1,0 +1,151 @@
+"""`bigtrain parity` says "the same" of engines that are right, and finds every fault that is planted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from bigtrain import parity
+from bigtrain.config.loader import from_dict, load
+from bigtrain.config.schema import Config
+from bigtrain.errors import CombinationError
+from tests.helpers import faults
+
+
+class Small(nn.Module):
+    """Norms, dropout, a bias before a norm whose true gradient is not zero, and a layer that a run can freeze."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(12, 16)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 19), nn.GELU(), nn.Dropout(0.2), nn.Linear(19, 16))
+            for _ in range(3)
+        )
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, 12) -> (B, 5)
+        x = self.stem(x)
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
+class WithBatchNorm(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 5))
+
+
+class Restless(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * x.new_empty(1).normal_()
+
+
+def config(model: str = "Small", **changes: Any) -> Config:
+    """Clipping bites, decay matters, the rate changes every step, and the last step of an epoch is short."""
+    run = {
+        "task": "classification",
+        "model": f"{__name__}:{model}",
+        "data": {
+            "name": "synthetic",
+            "args": {"kind": "classification", "samples": 100, "shape": [12], "classes": 5},
+            "eval": "none",
+            "batch_size": 16,
+        },
+        "train": {"epochs": 3},
+        "optim": {
+            "lr": 3e-3,
+            "clip_grad_norm": 0.5,
+            "groups": [{"match": "head.*", "lr": 1e-2}],
+            "schedule": {"name": "cosine", "warmup_steps": 4},
+        },
+        "finetune": {"freeze": ["layers.0.*"]},
+    }
+    return from_dict({**run, **changes}).config
+
+
+@pytest.mark.slow
+def test_engines_are_the_same() -> None:
+    report = parity.run(config(), steps=10)
+    assert [verdict.outcome for verdict in report.verdicts] == ["same"] * 20
+    assert report.exit_code == 0
+    assert {str(v.variant) for v in report.verdicts} >= {"fsdp × 2, accumulation 2, fp64", "single × 1, accumulation 1, fp32"}
+    assert report.switched_off == ["Dropout (3 of them)"]
+    assert all(verdict.horizon >= 5 for verdict in report.verdicts)
+
+
+FAULTS = {
+    "gradients off by 1 %": (faults.gradients_off_by_one_percent, "gradient norm"),
+    "a dropped microbatch": (faults.dropped_microbatch, "loss"),
+    "clipping per rank": (faults.clipping_per_rank, "parameters"),
+    "decay on norms": (faults.decay_on_norms, "parameters"),
+    "two swapped samples": (faults.two_swapped_samples, "loss"),
+    "a frozen parameter that moves": (faults.frozen_parameter_that_moves, "parameters"),
+    "a learning rate off by one step": (faults.learning_rate_off_by_one_step, "parameters"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_finds_a_planted_fault(name: str) -> None:
+    tamper, first_sign = FAULTS[name]
+    report = parity.run(
+        config(), steps=8, engines=["fsdp"], world_sizes=[2], accumulations=[2], precisions=["fp64"], tamper=tamper
+    )
+    (verdict,) = report.verdicts
+    assert report.exit_code == 1
+    assert verdict.outcome == "differs"
+    assert verdict.failed_at in (1, 2)
+    assert verdict.failed_what == first_sign
+    assert verdict.worst
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"), [("WithBatchNorm", "BatchNorm normalises"), ("Restless", "random in training")]
+)
+def test_refuses_what_differs_by_nature(model: str, problem: str) -> None:
+    with pytest.raises(CombinationError, match=problem):
+        parity.run(config(model, finetune={}, optim={}), steps=2, engines=["ddp"], world_sizes=[2])
+
+
+def test_says_so_when_rounding_alone_differs_too_soon() -> None:
+    """A rate so large that training is chaotic at once: no verdict, exit code 3."""
+    wild = config(optim={"name": "sgd", "lr": 1e4, "clip_grad_norm": None}, finetune={})
+    report = parity.run(wild, steps=8, engines=["single"], world_sizes=[1], accumulations=[2], precisions=["fp32"])
+    assert report.exit_code == 3
+    assert report.verdicts[0].outcome == "inconclusive"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("quickstart", []),
+        ("gpt", ["model.args.layers=2", "model.args.width=64", "data.args.context=64", "data.batch_size=8"]),
+        ("resnet_digits", ["data.batch_size=8"]),
+    ],
+)
+def test_command_on_the_run_files(name: str, changes: list[str]) -> None:
+    done = _command(["parity", f"configs/{name}.yaml", *changes, "--steps=6", "--json", "--engines=ddp,fsdp", "--world-sizes=2"])
+    found = json.loads(done.stdout)
+    assert done.returncode == found["exit_code"] == 0, done.stdout + done.stderr
+    assert len(found["verdicts"]) == 8
+
+
+def test_command_refuses_an_engine_it_does_not_know() -> None:
+    done = _command(["parity", "configs/quickstart.yaml", "--engines=fdsp"])
+    assert done.returncode == 2
+    assert "'fdsp' is not an engine" in done.stderr
+
+
+def _command(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bigtrain", *arguments], capture_output=True, text=True, timeout=400, check=False
+    )
+
+

@@ -1,0 +1,230 @@
+"""The run folder: who may begin in it, what a launcher prepares, what is read back."""
+
+import json
+import math
+import multiprocessing
+import threading
+from pathlib import Path
+
+import pytest
+
+from bigtrain.errors import DataError, RunFolderError
+from bigtrain.runs import (
+    ATTEMPT_VARIABLE,
+    RunFolder,
+    check_free,
+    claim,
+    from_json,
+    read_errors,
+    read_metrics,
+    release,
+    to_json,
+    write_atomically,
+    write_error,
+)
+
+
+@pytest.fixture(autouse=True)
+def outside_of_any_launcher(monkeypatch):
+    monkeypatch.delenv(ATTEMPT_VARIABLE, raising=False)
+
+
+def files_below(path):
+    return sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
+
+
+def refused(folder, name):
+    before = files_below(folder)
+    for begin in (lambda: check_free(folder, name), lambda: RunFolder.create(folder, name, "new: 1\n")):
+        with pytest.raises(RunFolderError) as caught:
+            begin()
+    assert files_below(folder) == before
+    assert caught.value.remedy
+    return caught.value
+
+
+def test_a_run_begins_goes_on_and_finishes(tmp_path):
+    runs = tmp_path / "not" / "yet" / "there"
+    check_free(runs, "first")
+    assert not (tmp_path / "not").exists()
+    folder = RunFolder.create(runs, "first", "task: x\n")
+    assert folder.config.read_text() == "task: x\n"
+    assert folder.logs == (runs / "first" / "attempts" / "0" / "logs")
+    assert folder.logs.is_dir()
+    folder.finish({"steps": 3, "metrics": {"loss": 0.1, "worst": math.inf}})
+    assert files_below(runs / "first") == ["config.yaml", "result.json"]
+    assert json.loads(folder.result.read_text()) == {"steps": 3, "metrics": {"loss": 0.1, "worst": "inf"}}
+
+
+def test_a_finished_run_is_not_begun_again(tmp_path):
+    RunFolder.create(tmp_path, "a", "").finish({"steps": 80, "metrics": {"accuracy": 0.975, "matrix": [[1]]}})
+    error = refused(tmp_path, "a")
+    assert "is finished: steps 80, accuracy 0.975" in error.problem
+    assert "run.name=a-2" in error.remedy
+    assert str(tmp_path / "a") in error.remedy
+    (tmp_path / "a-2").mkdir()
+    assert "run.name=a-3" in refused(tmp_path, "a").remedy
+    (tmp_path / "a" / "result.json").write_text("torn")
+    assert "is finished" in refused(tmp_path, "a").problem
+
+
+def test_an_unfinished_run_is_not_begun_again(tmp_path):
+    RunFolder.create(tmp_path, "a", "")
+    assert "resuming is not available yet" in refused(tmp_path, "a").problem
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.tex").write_text("precious")
+    assert "holds thesis.tex" in refused(tmp_path, "a").problem
+    (tmp_path / "file").write_text("precious")
+    assert "is a file" in refused(tmp_path, "file").problem
+    assert "is a file" in refused(tmp_path / "file", "b").problem
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    assert "link to nothing" in refused(tmp_path, "dangling").problem
+
+
+def test_an_empty_folder_is_free(tmp_path):
+    (tmp_path / "a").mkdir()
+    assert RunFolder.create(tmp_path, "a", "").config.exists()
+
+
+def test_a_launched_run_begins_in_the_attempt_of_its_launcher(tmp_path, monkeypatch):
+    check_free(tmp_path, "a")
+    attempt = claim(tmp_path, "a")
+    (attempt / "logs" / "rank-1.log").write_text("starting")
+    assert "is being started by another process" in refused(tmp_path, "a").problem  # a second launch
+
+    monkeypatch.setenv(ATTEMPT_VARIABLE, str(attempt))
+    monkeypatch.chdir(tmp_path)
+    folder = RunFolder.create(".", "a", "task: x\n")  # its rank 0, by another way to the same folder
+    assert folder.attempt == attempt
+    assert "resuming is not available yet" in refused(tmp_path, "a").problem
+    assert RunFolder.create(tmp_path, "b", "").attempt == tmp_path / "b" / "attempts" / "0"  # not the launcher's run
+
+
+def test_a_launch_that_never_began_leaves_nothing(tmp_path):
+    attempt = claim(tmp_path, "a")
+    (attempt / "logs" / "rank-0.log").write_text("error: no such model")
+    release(attempt)
+    assert list(tmp_path.iterdir()) == []
+    check_free(tmp_path, "a")
+
+
+def test_a_run_that_began_is_not_released(tmp_path):
+    folder = RunFolder.create(tmp_path, "a", "")
+    release(folder.attempt)
+    assert folder.config.exists()
+
+
+def test_of_many_that_claim_at_once_one_succeeds(tmp_path):
+    together = threading.Barrier(8)
+    results = []
+
+    def begin():
+        together.wait()
+        try:
+            results.append(claim(tmp_path, "a"))
+        except RunFolderError as error:
+            results.append(error.problem)
+
+    threads = [threading.Thread(target=begin) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(isinstance(result, Path) for result in results) == [False] * 7 + [True]
+
+
+def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # as it is for a user without the right
+    assert "no permission" in refused(tmp_path, "a").problem
+    monkeypatch.undo()
+    with pytest.raises(RunFolderError, match="cannot make"):
+        claim(tmp_path, "n" * 300)
+
+
+def test_numbers_survive_json():
+    value = {"a": [math.inf, -math.inf, 0.1 + 0.2], "b": {"c": (1, None, "text")}}
+    text = json.dumps(to_json(value), allow_nan=False)
+    numbers = [math.inf, -math.inf, 0.30000000000000004]
+    assert from_json(json.loads(text)) == {"a": numbers, "b": {"c": [1, None, "text"]}}
+    assert math.isnan(from_json(json.loads(json.dumps(to_json(math.nan)))))
+
+
+def test_metrics_are_read_to_the_last_whole_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step":1,"loss":0.5}\n{"step":2,"loss":"nan"}\n{"step":3,"lo')
+    rows = read_metrics(path)
+    assert rows[0] == {"step": 1, "loss": 0.5}
+    assert math.isnan(rows[1]["loss"])
+    assert len(rows) == 2
+    path.write_bytes('{"name":"é"}\n'.encode()[:-4])
+    assert read_metrics(path) == []
+    path.write_text('{"step":1}')
+    assert read_metrics(path) == [{"step": 1}]
+
+
+def test_damaged_or_absent_metrics_are_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with pytest.raises(RunFolderError, match="there is no file"):
+        read_metrics(path)
+    path.write_text('{"step":1}\nbroken\n{"step":3}\n')
+    with pytest.raises(RunFolderError) as caught:
+        read_metrics(path)
+    assert caught.value.where == f"{path}:2"
+
+
+def fail(attempt, rank):
+    try:
+        raise DataError("no images", where="data.args.root", remedy="give a folder")
+    except DataError as error:
+        write_error(attempt, rank, None if rank else 7, error)
+
+
+def test_ranks_leave_word_of_why_they_failed(tmp_path):
+    attempt = claim(tmp_path, "a")
+    assert read_errors(attempt) == []
+    for rank in (2, 0):
+        process = multiprocessing.get_context("spawn").Process(target=fail, args=(attempt, rank))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+    first, second = read_errors(attempt)
+    assert (first.rank, first.step, second.rank, second.step) == (2, None, 0, 7)
+    assert (first.type, first.message, first.where) == ("DataError", "no images", "data.args.root")
+    assert (first.remedy, first.exit_code) == ("give a folder", 2)
+    assert "Traceback" in first.traceback
+    assert "raise DataError" in first.traceback
+    assert files_below(attempt) == ["errors/rank-00000.json", "errors/rank-00002.json"]
+
+
+def test_the_first_word_of_a_rank_stays_and_any_error_can_be_told(tmp_path):
+    attempt = claim(tmp_path, "a")
+    write_error(attempt, 1, 3, ZeroDivisionError("division by zero"))
+    write_error(attempt, 1, 4, ValueError("later"))
+    (failure,) = read_errors(attempt)
+    assert (failure.type, failure.message, failure.exit_code, failure.remedy) == (
+        "ZeroDivisionError",
+        "division by zero",
+        1,
+        None,
+    )
+
+
+def test_word_that_cannot_be_left_hides_nothing(tmp_path):
+    assert write_error(tmp_path / "gone", 0, None, ValueError("the cause")) is None
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    write_atomically(path, "old")
+
+    def no_space(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", no_space)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert files_below(tmp_path) == ["result.json"]
