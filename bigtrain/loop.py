@@ -21,8 +21,6 @@ from bigtrain.health.nonfinite import NonFiniteWatch, explain
 from bigtrain.optim import Schedule
 from bigtrain.protocols import Batch, Task
 
-# -------------------------------------------------------------------------------------------------- ----------
-
 
 def train_step(engine: Engine, task: Task, microbatches: Sequence[Batch], lr_scale: float) -> StepResult:
     """One optimizer step on one global batch, of which `microbatches` are this rank's part.
@@ -49,9 +47,6 @@ def evaluate(engine: Engine, task: Task, batches: Iterable[Batch], world: World)
             metrics.update(result, batch)
     total, count = world.all_reduce(sums).tolist()
     return {"loss": total / count if count else float("nan"), **metrics.compute()}
-
-
-# -------------------------------------------------------------------------------------------------- ----------
 
 
 class StepInfo:
@@ -125,9 +120,6 @@ class TrainBatch(Protocol):
     @property
     def num_samples(self) -> int:
         """Of the global batch."""
-
-
-# -------------------------------------------------------------------------------------------------- ----------
 
 
 @dataclass(frozen=True)
@@ -296,17 +288,24 @@ def _scalars(numbers: Mapping[str, Any]) -> dict[str, float]:
 
 
 def moved(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
-    """A batch on the device, its floating tensors in the dtype of the run."""
+    """A batch on the device, its floating tensors in the dtype of the run; the batch itself where it is so already."""
+    data, weight = _moved(batch.data, device, dtype), _moved(batch.weight, device, None)
+    return batch if data is batch.data and weight is batch.weight else replace(batch, data=data, weight=weight)
 
-    def move(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            wanted = dtype if value.is_floating_point() else value.dtype
-            return value.to(device, wanted, non_blocking=True)
-        if isinstance(value, Mapping):
-            return {key: move(item) for key, item in value.items()}
-        if isinstance(value, (tuple, list)):
-            moved_items = [move(item) for item in value]
-            return type(value)(*moved_items) if hasattr(value, "_fields") else type(value)(moved_items)
-        return value
 
-    return replace(batch, data=move(batch.data), weight=batch.weight.to(device, non_blocking=True))
+def _moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+    if isinstance(value, Tensor):
+        wanted = dtype if dtype and value.is_floating_point() else value.dtype
+        if value.dtype == wanted and value.device == device:
+            return value  # `to` would find out by itself, at ten times the cost
+        return value.to(device, wanted, non_blocking=True)
+    if isinstance(value, Mapping):
+        parts = [_moved(item, device, dtype) for item in value.values()]
+        is_same = all(part is item for part, item in zip(parts, value.values(), strict=True))
+        return value if is_same else dict(zip(value, parts, strict=True))
+    if isinstance(value, (tuple, list)):
+        parts = [_moved(item, device, dtype) for item in value]
+        if all(part is item for part, item in zip(parts, value, strict=True)):
+            return value
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value

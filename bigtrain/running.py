@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bigtrain import engines, runs
 from bigtrain.config.loader import Resolved, dump, from_dict, load
 from bigtrain.config.schema import Config
-from bigtrain.dist import join
+from bigtrain.dist import World, join
 from bigtrain.errors import OutOfMemoryError
 from bigtrain.loop import Hook, Loop, Outcome, StepInfo
 from bigtrain.protocols import Dataset, Task
@@ -87,7 +87,7 @@ def resolve(
     if isinstance(config, Resolved):
         config = config.config
     if isinstance(config, Config):
-        return from_dict(config.model_dump(mode="json"), overrides).config if overrides else config
+        return from_dict(config.model_dump(), overrides).config if overrides else config
     named = [
         f"{section}.name=given:{_type_name(value)}"
         for section, value in (("model", subject.model), ("data", subject.data), ("task", subject.task))
@@ -109,7 +109,10 @@ def _train(config: Config, subject: Subject, hooks: Sequence[Hook], failing: _Fa
         runs.check_free(config.run.dir, config.run.name)
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     engine, _ = engines.choose(config.engine.name, num_processes)
-    with join(config.engine.device, needs_group=engines.needs_group(engine)) as world:
+    with (
+        join(config.engine.device, needs_group=engines.needs_group(engine)) as world,
+        _lack_of_memory_explained(config, world, engine),
+    ):
         training = assemble(config, world, subject)
         path = Path(config.run.dir, config.run.name)
         if not world.is_main:
@@ -131,10 +134,6 @@ def _run(training: Training, trackers: Sequence[Any], hooks: Sequence[Hook], fai
     failing.loop = loop
     try:
         return loop.run()
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        raise _out_of_memory(error, training) from error
     finally:
         for tracker in trackers:
             tracker.close()
@@ -212,24 +211,44 @@ def _word_of_failure() -> Iterator[_Failing]:
         raise
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+@contextmanager
+def _lack_of_memory_explained(config: Config, world: World, engine: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        cause = _lack_of_memory(error)
+        if cause is None:
+            raise
+        said = str(cause).partition("\n")[0] or type(cause).__name__
+        raise OutOfMemoryError(
+            f"out of memory on {world.device}: {said}",
+            where=f"rank {world.rank}",
+            remedy="change, in order of cost:\n" + "\n".join(_ways_to_save_memory(config, world, engine)),
+        ) from error
 
 
-def _out_of_memory(error: BaseException, training: Training) -> OutOfMemoryError:
+def _lack_of_memory(error: BaseException | None) -> BaseException | None:
+    """The first cause of an error, the error itself included, if it is that memory ran out."""
+    found = None
+    while error is not None:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            found = error
+        error = error.__cause__
+    return found
+
+
+def _ways_to_save_memory(config: Config, world: World, engine: str) -> list[str]:
     """What to change, the cheapest first."""
-    config, world = training.config, training.world
-    micro = config.train.micro_batch_size or -(-config.data.batch_size // world.size)
+    share = -(-config.data.batch_size // world.size)
+    micro = min(config.train.micro_batch_size or share, share)
     ways = []
     if micro > 1:
-        ways.append(f"train.micro_batch_size={max(1, micro // 2)} (it is {micro}; the results stay the same)")
-    if training.engine.name != "fsdp":
+        ways.append(f"train.micro_batch_size={micro // 2} (it is {micro}; the results stay the same)")
+    if engine != "fsdp":
         ways.append("engine.name=fsdp on more processes (weights, gradients and optimizer state are sharded)")
     elif world.device.type == "cuda" and not config.engine.fsdp.cpu_offload:
         ways.append("engine.fsdp.cpu_offload=true (slower), or more processes")
-    ways.append("optim.name=sgd keeps fewer numbers than adamw; a smaller model or context")
-    return OutOfMemoryError(
-        f"out of memory on {world.device}: {str(error).splitlines()[0]}",
-        where=f"rank {world.rank}",
-        remedy="change, in order of cost:\n" + "\n".join(f"{n}. {way}" for n, way in enumerate(ways, 1)),
-    )
+    if config.optim.name in ("adam", "adamw"):
+        ways.append("optim.name=sgd (it keeps fewer numbers, and trains otherwise)")
+    ways.append("a smaller model, or a shorter context")
+    return [f"{number}. {way}" for number, way in enumerate(ways, 1)]

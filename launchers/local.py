@@ -38,7 +38,7 @@ def run(plan: LaunchPlan, attempt: Path) -> int:
         attempt: The attempt's part of the run folder: logs and errors go there.
 
     Returns:
-        The exit code: 0, or that of the rank that failed first.
+        The exit code: 0, that of the rank that failed first, or 128 + N after signal N.
     """
     log = attempt / "logs" / "torchrun.log"
     environment = {
@@ -48,14 +48,17 @@ def run(plan: LaunchPlan, attempt: Path) -> int:
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_GRACE_SECONDS),
         "PYTHONUNBUFFERED": "1",
     }
-    process = subprocess.Popen(_torchrun(plan, attempt), env=environment, stderr=subprocess.PIPE)
+    command = _torchrun(plan, attempt)
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
     assert process.stderr is not None
     pump = threading.Thread(target=_pass_on, args=(process.stderr, log), daemon=True)
     pump.start()
-    with _forwarding(process):
+    with _Interrupt(process) as interrupt:
         code = _wait(process, attempt)
     pump.join(timeout=2)
     _name_logs(attempt)
+    if interrupt.number is not None:
+        return 128 + interrupt.number
     return 0 if code == 0 else _explain(attempt, log, code)
 
 
@@ -93,21 +96,33 @@ def _pass_on(stream: IO[bytes], log: Path) -> None:
                 sys.stderr.buffer.flush()
 
 
-class _forwarding:  # noqa: N801 - reads as a verb where it is used
-    """Hand SIGTERM on to torchrun, which hands it to the ranks; a terminal sends SIGINT to all of them by itself."""
+class _Interrupt:
+    """What SIGINT and SIGTERM do while ranks run: the first lets them stop at a step boundary, a second ends them.
+
+    torchrun itself must not see the signal: it would give the ranks a few seconds and call it a failure. So it runs in
+    a session of its own, and the ranks are told directly.
+    """
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
+        self.number: int | None = None
 
-    def __enter__(self) -> None:
-        self._before = {
-            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: self._process.terminate()),
-            signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
-        }
+    def __enter__(self) -> _Interrupt:
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.number is not None:
+            _end(self._process.pid)
+            return
+        self.number = number
+        for rank in children(self._process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGTERM)
 
 
 def _wait(process: subprocess.Popen[bytes], attempt: Path) -> int:
@@ -120,24 +135,22 @@ def _wait(process: subprocess.Popen[bytes], attempt: Path) -> int:
             if failed_at is None and any((attempt / "errors").glob("rank-*.json")):
                 failed_at = time.monotonic()
             if failed_at is not None and time.monotonic() - failed_at > _LIMIT_SECONDS:
-                for pid in (*reversed(descendants(process.pid)), process.pid):
-                    _kill(pid)
+                _end(process.pid)
 
 
-def descendants(pid: int) -> list[int]:
-    """The processes below a process, parents first; empty where the system has no /proc."""
+def children(pid: int) -> list[int]:
+    """The processes that a process started; empty where the system has no /proc."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = [int(child) for child in task.read_text().split()]
-        except OSError:
-            continue
-        for child in children:
-            found += [child, *descendants(child)]
+        with suppress(OSError):
+            found += map(int, task.read_text().split())
     return found
 
 
-def _kill(pid: int) -> None:
+def _end(pid: int) -> None:
+    """Kill a process and everything below it, the lowest first."""
+    for child in children(pid):
+        _end(child)
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 

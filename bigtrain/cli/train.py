@@ -18,6 +18,7 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
 
     load(run_file, overrides or ())  # before torch is imported: what is wrong with the file is said at once
     from bigtrain.running import train as train_run
+    from bigtrain.runs import ATTEMPT_VARIABLE
 
     is_rank = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
@@ -26,7 +27,8 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
         if not is_rank:
             raise
         _leave_at_once()
-    if run.outcome.stopped:
+    # A launcher knows that it asked the ranks to stop: for them that is no failure.
+    if run.outcome.stopped and ATTEMPT_VARIABLE not in os.environ:
         raise typer.Exit(_STOPPED)
 
 
@@ -60,8 +62,11 @@ def launch(
     ] = None,
 ) -> None:
     """Start the run on this machine in several processes, through torchrun."""
+    from contextlib import suppress
+
     from bigtrain import runs
     from bigtrain.config.loader import load
+    from bigtrain.errors import UserError
     from launchers.local import run
     from launchers.plan import make_plan
 
@@ -69,7 +74,13 @@ def launch(
     config = load(run_file, changes).config
     plan = make_plan(config, Path(run_file), changes, nproc=nproc)
     runs.check_free(config.run.dir, config.run.name)
+    folder = Path(config.run.dir)
+    absent = [place for place in (folder, *folder.parents) if not place.exists()]
     attempt = runs.claim(config.run.dir, config.run.name)
     code = run(plan, attempt)
-    runs.release(attempt) if code == 2 else None
+    if code == UserError.exit_code:  # nothing has begun: nothing stays
+        runs.release(attempt)
+        for place in absent:
+            with suppress(OSError):  # somebody else put something there
+                place.rmdir()
     raise typer.Exit(code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +90,21 @@ def _open(library: Callable[..., Any], args: Mapping[str, Any], may_download: bo
 
 @contextmanager
 def _alone_in(root: Path) -> Iterator[None]:
+    """One process at a time; what failed leaves no folders that were not there."""
+    absent = [folder for folder in (root, *root.parents) if not folder.exists()]
     root.mkdir(parents=True, exist_ok=True)
-    with (root / ".download.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    place = root / ".download.lock"
+    try:
+        with place.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except BaseException:
+        place.unlink(missing_ok=True)
+        made = sorted((p for p in root.rglob("*") if p.is_dir()), reverse=True) if absent else []
+        for folder in (*made, *absent):
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+        raise
 
 
 def _not_here(

@@ -7,6 +7,7 @@ engine's own layout.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -155,12 +156,15 @@ class TorchEngine:
         self._optimizer = plan.build(self._updated)
         self._fused = plan.fusable
         slots.zero_momentum(self._optimizer)
-        self._is_double = any(p.dtype == torch.float64 for p in self._updated.values())
+        kinds = {(p.device.type, p.dtype) for p in self._updated.values()}
+        self._on_host = world.device.type == "cpu"
+        self._skips_on_device = plan.fusable and all(device != "cpu" for device, _ in kinds)
+        # The kernels divide by grad_scale too, but read it as float32: float64 gradients are divided beforehand.
+        self._divides_in_kernel = plan.fusable and all(dtype != torch.float64 for _, dtype in kinds)
         self._loss = torch.zeros((), dtype=torch.float64, device=world.device)
         self._count = torch.zeros((), dtype=torch.float64, device=world.device)
 
-    # ---- what a subclass may change
-    # -------------------------------------------------------------------------------------
+    # ---- what a subclass may change ----------
 
     def _held(self, tensor: Tensor, position: int) -> Held:
         """Where the parts of a tensor lie; replicated tensors are owned in turn, to spread the writing of them."""
@@ -193,8 +197,7 @@ class TorchEngine:
     def _after_evaluation(self) -> None:
         """Undo what evaluation forwards leave behind."""
 
-    # ---- the contract
-    # ---------------------------------------------------------------------------------------------------
+    # ---- the contract ----------
 
     def backward(self, result: LossSum) -> None:
         """Add the gradient of this microbatch's sum of losses, and the sum itself, to the step's."""
@@ -207,32 +210,27 @@ class TorchEngine:
         """Divide by the targets of the whole global batch, clip, update, zero."""
         gradients = self._collect_gradients()
         sums = torch.stack((self._squared_norm(gradients).to(self._loss.device), self._loss, self._count))
-        squared, loss, count = self._reduce(sums).unbind()
-        count = count.clamp_min(_LEAST_COUNT)
-        loss, norm = loss / count, squared.sqrt() / count
-        skipped = (loss + norm).isfinite().logical_not()
-        divisor = count if self._clip is None else count * ((norm + _CLIP_EPSILON) / self._clip).clamp_min(1.0)
+        sums = self._reduce(sums)
+        result, divisor = _weigh_on_host(sums, self._clip) if self._on_host else _weigh(sums, self._clip)
         for group in self._optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
-        self._update(gradients, divisor, skipped)
+        self._update(gradients, divisor, result.skipped)
         self._zero()
         self._loss.zero_()
         self._count.zero_()
-        return StepResult(loss, norm, skipped)
+        return result
 
     def _update(self, gradients: list[Tensor], divisor: Tensor, skipped: Tensor) -> None:
-        if self._fused:
-            # torch's fused kernels divide by grad_scale and skip where found_inf is 1, on the device: nobody waits.
-            # They read grad_scale as float32, so a float64 gradient is divided beforehand.
-            if self._is_double:
-                torch._foreach_div_(gradients, divisor)
-            else:
-                self._optimizer.grad_scale = divisor.float()  # type: ignore[attr-defined]
+        if self._skips_on_device:
+            # torch's fused kernels skip where found_inf is 1, and nobody waits.
             self._optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
-            self._optimizer.step()
-        elif not skipped.item():
+        elif skipped.item():
+            return
+        if self._divides_in_kernel:
+            self._optimizer.grad_scale = divisor.float()  # type: ignore[attr-defined]
+        else:
             torch._foreach_div_(gradients, divisor)
-            self._optimizer.step()
+        self._optimizer.step()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -279,6 +277,25 @@ class TorchEngine:
     def _piece(self, name: str, kind: str, held: Held) -> Piece:
         local = held.local.detach()
         return Piece(name, kind, held.shape, local.dtype, held.box, local, held.is_owner)
+
+
+def _weigh(sums: Tensor, clip: float | None) -> tuple[StepResult, Tensor]:
+    """What a step's sums (squared norm, loss, count; float64) mean, and what its gradients are to be divided by."""
+    squared, loss, count = sums.unbind()
+    count = count.clamp_min(_LEAST_COUNT)
+    loss, norm = loss / count, squared.sqrt() / count
+    divisor = count if clip is None else count * ((norm + _CLIP_EPSILON) / clip).clamp_min(1.0)
+    return StepResult(loss, norm, (loss + norm).isfinite().logical_not()), divisor
+
+
+def _weigh_on_host(sums: Tensor, clip: float | None) -> tuple[StepResult, Tensor]:
+    """`_weigh` in Python's floats: a dozen operations on tensors of one element cost more than a small step."""
+    squared, loss, count = sums.tolist()
+    count = max(count, _LEAST_COUNT)
+    loss, norm = loss / count, math.sqrt(squared) / count
+    divisor = count if clip is None else count * max((norm + _CLIP_EPSILON) / clip, 1.0)
+    numbers = torch.tensor((loss, norm, divisor), dtype=torch.float64).unbind()
+    return StepResult(numbers[0], numbers[1], torch.tensor(not math.isfinite(loss + norm))), numbers[2]
 
 
 def _in_chunks(tensors: Sequence[Tensor]) -> list[Tensor]:

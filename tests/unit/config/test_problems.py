@@ -3,6 +3,8 @@
 import string
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bigtrain.config.keys import all_keys
 from bigtrain.config.loader import from_dict, load
@@ -336,6 +338,27 @@ def test_a_file_that_is_no_run_file(tmp_path, data, said, line):
     problem = refused(path)[0]
     assert said in problem.text
     assert problem.where == f"{path}:{line}"
+
+
+PIECES = [
+    *("&a ", "*a", "<<: ", "!!str ", "{", "}", "[", "]", ": ", "- ", "? ", "|", "'", '"', "\t", "#", "\n", "\n  ", ","),
+    *("null", "~", ".nan", "---\n", "%", "@", "\x85", "\u2028", "é", "9" * 30, "name", "args", "steps: 3", "data"),
+]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(st.integers(0, 200), st.sampled_from(PIECES)), max_size=4))
+def test_a_file_with_accidents_loads_or_is_refused(tmp_path_factory, accidents):
+    text = "task: x\nmodel: {name: y}\ndata:\n  name: z\n  eval: {split: 0.2}\ntrain: {epochs: 5}\n"
+    for place, piece in accidents:
+        text = text[:place] + piece + text[place:]
+    path = tmp_path_factory.getbasetemp() / "accidents.yaml"
+    path.write_text(text, encoding="utf-8")
+    try:
+        told = [] if load(path).config.task.name else ["nothing was read"]
+    except ConfigError as error:
+        told = [problem.text for problem in error.problems if not problem.remedy]
+    assert not told
 
 
 def test_a_folder_or_a_huge_file_is_not_read(tmp_path):

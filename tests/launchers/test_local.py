@@ -1,0 +1,210 @@
+"""`bigtrain launch` with real torchrun, real ranks and real failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from bigtrain.config.loader import from_dict
+from bigtrain.errors import CombinationError
+from launchers.plan import count_cores, make_plan
+
+ROOT = Path(__file__).parents[2]
+
+TASKS = '''
+import os, signal, time
+import torch
+from bigtrain.tasks.classification import Classification
+
+RANK = int(os.environ.get("RANK", 0))
+
+
+class Failing(Classification):
+    """Works for two steps; then one rank does what `how` says."""
+
+    def __init__(self, how, rank=1):
+        super().__init__()
+        self.how, self.rank, self.calls = how, rank, 0
+
+    def loss(self, model, batch):
+        self.calls += 1
+        if self.calls == 3 and RANK == self.rank:
+            getattr(self, self.how)(batch)
+        return super().loss(model, batch)
+
+    def raises(self, batch):
+        raise ZeroDivisionError("planted in the third step")
+
+    def killed(self, batch):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def crashes(self, batch):
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    def runs_out_of_memory(self, batch):
+        torch.empty(1 << 50)
+
+    def poisons(self, batch):
+        batch.data[0].fill_(float("nan"))
+
+    def works(self, batch):
+        pass
+
+    def sleeps(self, batch):
+        time.sleep(600)
+'''
+
+
+def run_file(folder: Path, task: Any = "classification", **changes: Any) -> Path:
+    (folder / "planted.py").write_text(TASKS)
+    run = {
+        "run": {"name": "it", "dir": str(folder / "runs")},
+        "task": task,
+        "model": {"name": "bigmodel"},
+        "data": {
+            "name": "synthetic",
+            "args": {"kind": "classification", "samples": 64, "shape": [1, 28, 28], "classes": 10},
+            "batch_size": 8,
+        },
+        "train": {"steps": 6},
+        "engine": {"name": "ddp"},
+        "track": {"log_every": 1},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({**run, **changes}))
+    return path
+
+
+def launch(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user would, in the folder of the run file, and see that nothing is left behind."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "bigtrain", "launch", str(path), "--nproc=2", *arguments]
+    done = subprocess.run(
+        command, cwd=path.parent, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    left = [p.info for p in psutil.process_iter(["cmdline"]) if str(path) in (p.info["cmdline"] or [])]
+    assert not left
+    return done
+
+
+def test_a_run_that_works(tmp_path: Path) -> None:
+    done = launch(run_file(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith(f"run folder: {tmp_path}/runs/it")
+    assert done.stderr == ""
+    result = json.loads((tmp_path / "runs/it/result.json").read_text())
+    assert (result["steps"], result["world_size"], result["engine"]) == (6, 2, "ddp")
+
+    again = launch(run_file(tmp_path))
+    assert again.returncode == 2
+    assert "is finished" in again.stderr
+
+
+def failing(how: str, rank: int = 1) -> dict[str, Any]:
+    return {"name": "planted:Failing", "args": {"how": how, "rank": rank}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_failing_ranks_traceback_comes_last(tmp_path: Path, rank: int) -> None:
+    began = time.monotonic()
+    done = launch(run_file(tmp_path, failing("raises", rank)))
+    assert done.returncode == 1
+    last = done.stderr.rstrip().splitlines()
+    assert last[-1] == f"error: rank {rank}, after step 2: ZeroDivisionError: planted in the third step"
+    assert last[-2] == "ZeroDivisionError: planted in the third step"
+    assert any("in raises" in line for line in last)
+    assert done.stderr.count("Traceback") == 1
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "number"), [("killed", signal.SIGKILL), ("crashes", signal.SIGSEGV)])
+def test_a_rank_that_a_signal_ends_is_named(tmp_path: Path, how: str, number: signal.Signals) -> None:
+    done = launch(run_file(tmp_path, failing(how)))
+    assert done.returncode == 128 + number
+    assert f"error: rank 1 was ended by {number.name}" in done.stderr
+    assert done.stderr.rstrip().splitlines()[-1].startswith("  do: ")
+
+
+@pytest.mark.slow
+def test_what_a_user_can_mend_comes_without_a_traceback(tmp_path: Path) -> None:
+    done = launch(run_file(tmp_path, failing("runs_out_of_memory")))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "1. train.micro_batch_size=2" in done.stderr
+
+    (tmp_path / "nan").mkdir()
+    done = launch(run_file(tmp_path / "nan", failing("poisons")))
+    assert done.returncode == 1
+    assert "the loss is not finite in step 3" in done.stderr
+    assert "rank 1: samples " in done.stderr
+    assert "rank 0: samples " not in done.stderr
+
+
+@pytest.mark.slow
+def test_everything_ends_soon_after_a_failure_although_others_hang(tmp_path: Path) -> None:
+    """Rank 0 fails while rank 1 sleeps outside of any collective and takes no notice of SIGTERM."""
+    task = failing("raises", 0)
+    source = TASKS.replace("self.calls == 3 and RANK == self.rank", "self.calls == 3").replace(
+        "def raises(self, batch):", "def raises(self, batch):\n        if RANK == 1: time.sleep(600)"
+    )
+    path = run_file(tmp_path, task)
+    (tmp_path / "planted.py").write_text(source)
+    done = launch(path)
+    failed_at = json.loads((tmp_path / "runs/it/attempts/0/errors/rank-00000.json").read_text())["time"]
+    assert time.time() - failed_at < 12
+    assert "error: rank 0, after step 2: ZeroDivisionError" in done.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_ranks_at_a_step_boundary(tmp_path: Path) -> None:
+    path = run_file(tmp_path, train={"steps": 100_000})
+    command = [sys.executable, "-m", "bigtrain", "launch", str(path), "--nproc=2"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    metrics = tmp_path / "runs/it/metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not metrics.exists() or metrics.stat().st_size == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "stopped after step" in out
+    assert not (tmp_path / "runs/it/result.json").exists()
+
+
+@pytest.mark.slow
+def test_a_users_error_creates_nothing(tmp_path: Path) -> None:
+    done = launch(run_file(tmp_path, model={"name": "bigmodl"}))
+    assert done.returncode == 2
+    assert "bigmodel" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_plan_shares_cores_and_refuses_what_cannot_be() -> None:
+    minimal = {"task": "regression", "model": "gpt", "data": "digits", "train": {"steps": 1}}
+    minimal["data"] = {"name": "digits"}
+    config = from_dict({**minimal, "engine": {"name": "ddp", "device": "cpu"}}).config
+    plan = make_plan(config, Path("run.yaml"), ["optim.lr=1"], nproc=2)
+    assert plan.nproc == 2
+    assert plan.program == ("bigtrain", "train", "run.yaml", "optim.lr=1")
+    assert plan.environment["OMP_NUM_THREADS"] == str(max(1, count_cores() // 2))
+    assert make_plan(config, Path("run.yaml"), []).nproc == 1
+    alone = from_dict({**minimal, "engine": {"name": "single"}}).config
+    with pytest.raises(CombinationError, match="single"):
+        make_plan(alone, Path("run.yaml"), [], nproc=2)

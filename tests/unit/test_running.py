@@ -1,0 +1,412 @@
+"""Whole runs: from a mapping and objects of the user's own to the run folder, what is refused, how runs end early."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bigtrain
+from bigtrain.errors import (
+    BigtrainError,
+    DataError,
+    ModelError,
+    OutOfMemoryError,
+    PatternError,
+    RunFolderError,
+    UserError,
+)
+from bigtrain.loop import Hook
+from bigtrain.protocols import Batch, LossSum
+from bigtrain.tasks.classification import Classification
+from bigtrain.tasks.regression import Regression
+
+SAMPLES = 23
+
+
+class Points:
+    """Points and the numbers to be predicted for them."""
+
+    def __init__(self, n: int = SAMPLES, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.inputs = torch.randn(n, 3, generator=generator)
+        self.targets = self.inputs.sum(1, keepdim=True) + 0.1 * torch.randn(n, 1, generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.inputs[index], self.targets[index]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(3, 5)
+        self.head = nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, 3) -> (B, 1)
+        return self.head(torch.tanh(self.body(x)))
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A run file in words of its own, all in `tmp_path`."""
+    return {
+        "run": {"name": "mine", "dir": str(tmp_path / "runs"), "seed": 3},
+        "data": {"batch_size": 8, "eval": {"split": 0.2}},
+        "train": {"epochs": 2},
+        "optim": {"lr": 0.01},
+        "track": {"log_every": 1, "progress": "none"},
+    }
+
+
+def train(config: dict[str, Any], overrides: tuple[str, ...] = (), **given: Any) -> bigtrain.Run:
+    return bigtrain.train(config, overrides, **{"model": Net, "data": Points(), "task": Regression(), **given})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_objects_of_the_users_own(config, tmp_path):
+    run = train(config)
+    assert run.path == tmp_path / "runs" / "mine"
+    assert {"config.yaml", "metrics.jsonl", "result.json"} <= files(run.path).keys()
+    # 23 samples: 5 are held out, 18 make 3 steps an epoch.
+    assert (run.outcome.steps, run.outcome.samples, run.outcome.stopped) == (6, 36, False)
+    assert run.evaluation.keys() == {"loss", "mse", "mae", "r2"}
+    result = json.loads((run.path / "result.json").read_text())
+    assert result == {
+        "steps": 6,
+        "samples": 36,
+        "skipped_steps": 0,
+        "engine": "single",
+        "world_size": 1,
+        "metrics": run.evaluation,
+    }
+    resolved = bigtrain.load_config(run.path / "config.yaml").config
+    assert (resolved.model.name, resolved.data.name, resolved.task.name) == (
+        "given:Net",
+        "given:Points",
+        "given:Regression",
+    )
+
+
+def test_the_history_is_what_happened_to_the_last_bit(config):
+    told: list[tuple[int, float, float]] = []
+    run = train(config, hooks=[lambda info: told.append((info.step, info.loss, info.grad_norm))])
+    history = run.history()
+    steps = [row for row in history if "loss" in row]
+    assert [(row["step"], row["loss"], row["grad_norm"]) for row in steps] == told
+    assert [row["epoch"] for row in steps] == [0, 0, 0, 1, 1, 1]
+    evaluations = [row for row in history if "eval/loss" in row]
+    assert [row["step"] for row in evaluations] == [3, 6]
+    assert {
+        name.removeprefix("eval/"): value for name, value in evaluations[-1].items() if "/" in name
+    } == run.evaluation
+
+
+def test_the_training_is_plain_torchs(config):
+    model, plain = Net(), Net()
+    plain.load_state_dict(model.state_dict())
+    data = Points()
+    config |= {
+        "data": {"batch_size": SAMPLES, "eval": "none"},
+        "optim": {"name": "sgd", "lr": 0.05, "weight_decay": 0.0},
+    }
+    run = train(config, ("train.steps=4", "optim.args.momentum=0.9"), model=model, data=data)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for _ in range(4):
+        loss = F.mse_loss(plain(data.inputs), data.targets)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert run.model is model
+    assert run.evaluation == {}
+    assert [row["loss"] for row in run.history()] == pytest.approx(losses, rel=1e-5)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_the_seed_decides_everything(config):
+    def losses(name: str, seed: int) -> list[float]:
+        torch.manual_seed(time.time_ns() % 2**32)
+        run = train(config, (f"run.name={name}", f"run.seed={seed}"))
+        return [row["loss"] for row in run.history() if "loss" in row]
+
+    assert losses("a", 1) == losses("b", 1)
+    assert losses("c", 2) != losses("a-2", 1)
+
+
+def test_data_of_its_own_to_evaluate_on(config):
+    evaluated = Points(7, seed=1)
+    run = train(config, ("train.epochs=1",), data=(Points(), evaluated))
+    assert run.outcome.samples == SAMPLES  # nothing is held out
+    with torch.no_grad():
+        expected = F.mse_loss(run.model(evaluated.inputs), evaluated.targets)
+    assert run.evaluation["mse"] == pytest.approx(expected.item(), rel=1e-6)
+    run = train(config, ("run.name=none",), data=(Points(), None))
+    assert run.evaluation == {}
+
+
+RUN_FILE = """
+run: {dir: "FOLDER/runs"}
+task: classification
+model: {name: bigmodel}
+data: {name: digits, eval: none}
+train: {steps: 3}
+track: {progress: none}
+"""
+
+
+def test_a_run_file_its_path_and_what_was_loaded_of_it(tmp_path):
+    def small() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(8 * 8, 10))
+
+    file = tmp_path / "digits.yaml"
+    file.write_text(RUN_FILE.replace("FOLDER", str(tmp_path)))
+    run = bigtrain.train(file, ["train.steps=2"], model=small)
+    assert (run.path, run.outcome.steps) == (tmp_path / "runs" / "digits", 2)
+    loaded = bigtrain.load_config(file, ["run.name=loaded"])
+    run = bigtrain.train(loaded, model=small)
+    assert (run.path.name, run.outcome.steps) == ("loaded", 3)
+    run = bigtrain.train(loaded.config, ["run.name=changed"], model=small)
+    assert (run.path.name, run.outcome.steps) == ("changed", 3)
+
+
+def test_a_run_may_stand_in_a_thread_of_a_notebook(config):
+    handlers = signal.getsignal(signal.SIGINT)
+    runs: list[bigtrain.Run] = []
+    stop = Hook(lambda info: info.stop(), every=4)
+    thread = threading.Thread(target=lambda: runs.append(train(config, hooks=[stop])))
+    thread.start()
+    thread.join()
+    assert (runs[0].outcome.steps, runs[0].outcome.stopped) == (4, True)
+    assert signal.getsignal(signal.SIGINT) is handlers
+
+
+def test_two_engines_give_one_training(config):
+    single = train(config, ("engine.name=single",))
+    fsdp = train(config, ("engine.name=fsdp", "run.name=sharded"))
+    assert json.loads((fsdp.path / "result.json").read_text())["engine"] == "fsdp"
+    ours, theirs = ([row["loss"] for row in run.history() if "loss" in row] for run in (fsdp, single))
+    assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_a_second_start_is_refused_and_touches_nothing(config):
+    run = train(config)
+    before = files(run.path)
+    with pytest.raises(RunFolderError, match="the run mine is finished: steps 6") as caught:
+        train(config)
+    assert "run.name=mine-2" in caught.value.remedy
+    assert files(run.path) == before
+
+
+def test_a_run_that_was_stopped_is_not_finished(config):
+    run = train(config, hooks=[lambda info: info.stop()])
+    assert run.outcome.stopped
+    assert not (run.path / "result.json").exists()
+    before = files(run.path)
+    with pytest.raises(RunFolderError, match="has begun and not finished"):
+        train(config)
+    assert files(run.path) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "overrides", "error", "said"),
+    [
+        ({}, ["optim.lrr=1"], UserError, "optim.lrr"),
+        ({"task": Classification()}, [], DataError, "labels are float32"),
+        ({"model": lambda: nn.Linear(4, 1)}, [], DataError, "the model cannot take a batch"),
+        ({"model": lambda: "a model"}, [], ModelError, "model() returned str"),
+        ({}, ["finetune.freeze=[tail.*]"], PatternError, "'tail.*' matches no parameter"),
+        ({}, ["optim.args.betas=[2, 0.9]"], UserError, "Invalid beta parameter"),
+        ({"data": (Points(), [])}, [], DataError, "empty"),
+    ],
+)
+def test_a_users_error_creates_nothing(config, tmp_path, given, overrides, error, said):
+    with pytest.raises(error) as caught:
+        train(config, tuple(overrides), **given)
+    assert said in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------- out of memory
+
+HUGE = 2**50  # numbers: more than the addresses of a process reach
+
+
+class Greedy(Regression):
+    """Takes more memory than there is for more than so many samples."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+
+    def check(self, model: nn.Module, batch: Batch) -> None: ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        torch.empty(HUGE if len(batch) > self.most else 1)
+        return super().loss(model, batch)
+
+
+def ways(error: OutOfMemoryError) -> list[str]:
+    head, *lines = error.remedy.splitlines()
+    assert head == "change, in order of cost:"
+    return [line.split(" (")[0] for line in lines]
+
+
+def test_out_of_memory_says_what_to_change_and_that_helps(config):
+    with pytest.raises(OutOfMemoryError) as caught:
+        train(config, task=Greedy(4))
+    assert "out of memory on cpu" in caught.value.problem
+    assert str(4 * HUGE) in caught.value.problem  # what was asked for
+    assert caught.value.where == "rank 0"
+    assert caught.value.exit_code == 1
+    assert ways(caught.value) == [
+        "1. train.micro_batch_size=4",
+        "2. engine.name=fsdp on more processes",
+        "3. optim.name=sgd",
+        "4. a smaller model, or a shorter context",
+    ]
+    assert train(config, ("train.micro_batch_size=4", "run.name=smaller"), task=Greedy(4)).outcome.steps == 6
+
+
+@pytest.fixture
+def group_of_one():
+    """What fsdp needs in one process; a run that fails leaves a group of its own open."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_only_ways_that_are_left_are_told(config):
+    changes = ("train.micro_batch_size=1", "engine.name=fsdp", "optim.name=sgd")
+    with pytest.raises(OutOfMemoryError) as caught:
+        train(config, changes, task=Greedy(0))
+    assert ways(caught.value) == ["1. a smaller model, or a shorter context"]
+
+
+def make_huge_model() -> nn.Module:
+    return nn.Linear(2**25, 2**25)
+
+
+class HugeLayer(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.empty(HUGE).sum()
+
+
+class HugeArray(Points):
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        np.empty(HUGE)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("given", [{"model": make_huge_model}, {"model": HugeLayer}, {"data": HugeArray()}])
+def test_memory_may_run_out_before_the_first_step(config, tmp_path, given):
+    """In a model's constructor, in its first forward pass (that of the task's check), and in the data."""
+    with pytest.raises(OutOfMemoryError) as caught:
+        train(config, **given)
+    assert len(ways(caught.value)) == 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_stay_what_they_are(config):
+    class Odd(Greedy):
+        def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+            raise RuntimeError("an error of the user's own")
+
+    with pytest.raises(RuntimeError, match="of the user's own") as caught:
+        train(config, task=Odd(0))
+    assert not isinstance(caught.value, BigtrainError)
+
+
+# ---------------------------------------------------------------------------------------------------------- signals
+
+MODULE = """
+import torch
+from torch import nn
+
+def model():
+    return nn.Linear(3, 1)
+
+def points(split):
+    inputs = torch.arange(60.0).reshape(20, 3) / 60
+    return [(row, row.sum(0, keepdim=True)) for row in inputs]
+"""
+
+ENDLESS = """
+run: {name: interrupted, dir: runs}
+task: regression
+model: mine:model
+data: {name: "mine:points", batch_size: 4, eval: {split: 0.2}}
+train: {steps: 100000000}
+eval: {every_epochs: null}
+track: {log_every: 1, progress: plain}
+"""
+
+
+@pytest.fixture
+def interruptible(tmp_path):
+    """A run of the command in a process of its own, in the middle of its steps; and its folder."""
+    (tmp_path / "mine.py").write_text(MODULE)
+    (tmp_path / "run.yaml").write_text(ENDLESS)
+    source = str(Path(bigtrain.__file__).parents[1])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bigtrain", "train", "run.yaml"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    folder = tmp_path / "runs" / "interrupted"
+    try:
+        wait_for_steps(process, folder / "metrics.jsonl")
+        yield process, folder
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for_steps(process: subprocess.Popen[str], metrics: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 5):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_an_interrupt_stops_at_a_step_boundary(interruptible):
+    process, folder = interruptible
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    steps = [row["step"] for row in bigtrain.running.runs.read_metrics(folder / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1))
+    assert (folder / "metrics.jsonl").read_bytes().endswith(b"\n")
+    assert output.splitlines()[-1] == f"stopped after step {steps[-1]} of 100000000, as asked: runs/interrupted"
+    assert "Traceback" not in output
+    assert not (folder / "result.json").exists()
