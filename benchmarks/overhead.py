@@ -89,17 +89,30 @@ def adamw(model: nn.Module) -> torch.optim.AdamW:
 
 
 def by_hand(model: Timed, steps: int, folder: Path) -> None:
+    """What people write: torch's DataLoader and the features above."""
+    loader = torch.utils.data.DataLoader(Samples(), batch_size=BATCH, shuffle=True, collate_fn=lambda batch: batch)
+    _loop(model, steps, folder, lambda: iter(loader))
+
+
+def by_hand_without_loader(model: Timed, steps: int, folder: Path) -> None:
+    """The least there can be: indexing two tensors that happen to be in memory."""
     data = Samples()
-    optimizer = adamw(model)
-    parameters, rate = list(model.parameters()), factor(steps)
-    log = (folder / "hand.jsonl").open("w")
-    generator, step = torch.Generator().manual_seed(0), 0
+
+    def batches() -> Any:
+        for where in torch.randperm(SAMPLES).split(BATCH):
+            yield data.inputs[where], data.labels[where]
+
+    _loop(model, steps, folder, batches)
+
+
+def _loop(model: Timed, steps: int, folder: Path, batches: Callable[[], Any]) -> None:
+    optimizer, parameters, rate = adamw(model), list(model.parameters()), factor(steps)
+    log, step = (folder / "hand.jsonl").open("w"), 0
     while step < steps:
-        order = torch.randperm(SAMPLES, generator=generator)
-        for where in order.split(BATCH):
+        for inputs, labels in batches():
             if step == steps:
                 break
-            loss = F.cross_entropy(model(data.inputs[where]), data.labels[where])
+            loss = F.cross_entropy(model(inputs), labels)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(parameters, CLIP)
             lr = LR * rate(step)
@@ -222,6 +235,7 @@ def with_transformers(model: Timed, steps: int, folder: Path) -> None:
 
 CANDIDATES = {
     "by hand": (by_hand, "torch"),
+    "by hand without a loader": (by_hand_without_loader, "torch"),
     "bigtrain": (with_bigtrain, "bigtrain"),
     "Accelerate": (with_accelerate, "accelerate"),
     "Lightning": (with_lightning, "lightning"),

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from bigtrain.dist import World
-from bigtrain.engines.base import Engine, StepResult
+from bigtrain.engines.base import Engine
+from bigtrain.engines.sums import StepResult
 from bigtrain.health.agreement import Agreement, stop_on_signals
 from bigtrain.health.nonfinite import NonFiniteWatch, explain
 from bigtrain.optim import Schedule
@@ -76,12 +77,12 @@ class StepInfo:
     @property
     def loss(self) -> float:
         """The mean loss of the global batch."""
-        return float(self._result.loss.item())
+        return float(self._result.loss)
 
     @property
     def grad_norm(self) -> float:
         """The gradient's norm before clipping."""
-        return float(self._result.norm.item())
+        return float(self._result.norm)
 
     def stop(self) -> None:
         """Ask all ranks to stop at the next step boundary."""
@@ -248,7 +249,7 @@ class Loop:
                 self._agreement.wish_to_stop()
 
     def _log(self, result: StepResult, epoch: int, lr_scale: float) -> None:
-        loss, norm = torch.stack((result.loss, result.norm)).tolist()  # the one transfer of the interval
+        loss, norm = _numbers(result)
         now = time.perf_counter()
         row = {
             "step": self.outcome.steps,
@@ -276,6 +277,14 @@ class Loop:
     def _raise_if(self, seen: Any) -> None:
         if seen is not None:
             raise explain(seen, self._world, self._engine.model, self._task)
+
+
+def _numbers(result: StepResult) -> tuple[float, float]:
+    """Loss and norm, in the one transfer of a log interval."""
+    if isinstance(result.loss, Tensor) and isinstance(result.norm, Tensor):
+        loss, norm = torch.stack((result.loss, result.norm)).tolist()
+        return loss, norm
+    return float(result.loss), float(result.norm)
 
 
 def _scalars(numbers: Mapping[str, Any]) -> dict[str, float]:

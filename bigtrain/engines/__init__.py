@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from bigtrain.dist import World
-from bigtrain.engines.base import Choices, Engine, StepResult
+from bigtrain.engines.base import Choices, Engine
+from bigtrain.engines.sums import StepResult
 from bigtrain.optim import OptimizerPlan
 
 __all__ = ["Choices", "Engine", "StepResult", "build", "choose", "needs_group", "shards"]

@@ -7,11 +7,10 @@ engine's own layout.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,33 +18,15 @@ from torch.nn.utils import get_total_norm
 
 from bigtrain.dist import World
 from bigtrain.engines import slots
+from bigtrain.engines.sums import DeviceSums, HostSums, StepResult
 from bigtrain.optim import OptimizerPlan
 from bigtrain.protocols import LossSum
 from bigtrain.state import BUFFER, WEIGHT, Box, EngineState, Piece, Reader, whole
 
-# torch.nn.utils.clip_grads_with_norm_ adds this to the norm; the same here, so that clipping is torch's to the last
-# bit.
-_CLIP_EPSILON = 1e-6
-# A global batch without a single target divides zero by this instead of by zero.
-_LEAST_COUNT = 1e-30
 # Elements whose norm on the host is exact enough in float32: measured, 65,536 give 1e-7.
 _NORM_CHUNK = 1 << 16
 
 Fill = Callable[[Sequence[Piece]], None]
-
-
-class StepResult(NamedTuple):
-    """What one optimizer step did; tensors of shape () on the device, the same on every rank.
-
-    Attributes:
-        loss: The mean over all targets of the global batch, float64.
-        norm: The gradient's norm before clipping, float64.
-        skipped: Whether loss or norm was not finite, so that the weights were left as they were.
-    """
-
-    loss: Tensor
-    norm: Tensor
-    skipped: Tensor
 
 
 class Engine(Protocol):
@@ -146,7 +127,6 @@ class TorchEngine:
         self.model = wrapped
         self._plain = plain
         self._world = world
-        self._clip = choices.clip_grad_norm
         self._weights = {name: self._held(p, i) for i, (name, p) in enumerate(plain.named_parameters())}
         self._buffers = {name: self._held(b, i) for i, (name, b) in enumerate(persistent_buffers(plain).items())}
         if choices.fill:
@@ -156,13 +136,14 @@ class TorchEngine:
         self._optimizer = plan.build(self._updated)
         self._fused = plan.fusable
         slots.zero_momentum(self._optimizer)
+        clip = choices.clip_grad_norm
+        on_host = world.device.type == "cpu"
+        self._sums = HostSums(clip, alone=world.size == 1) if on_host else DeviceSums(world.device, clip)
         kinds = {(p.device.type, p.dtype) for p in self._updated.values()}
-        self._on_host = world.device.type == "cpu"
+        self._is_uniform = len(kinds) == 1
         self._skips_on_device = plan.fusable and all(device != "cpu" for device, _ in kinds)
         # The kernels divide by grad_scale too, but read it as float32: float64 gradients are divided beforehand.
         self._divides_in_kernel = plan.fusable and all(dtype != torch.float64 for _, dtype in kinds)
-        self._loss = torch.zeros((), dtype=torch.float64, device=world.device)
-        self._count = torch.zeros((), dtype=torch.float64, device=world.device)
 
     # ---- what a subclass may change ----------
 
@@ -180,7 +161,12 @@ class TorchEngine:
 
     def _squared_norm(self, gradients: list[Tensor]) -> Tensor:
         """This rank's part of the squared norm of the whole gradient sum, such that the ranks' parts add up to it."""
-        return get_total_norm(_in_chunks(gradients)).double().square()
+        chunks = _in_chunks(gradients)
+        if not (chunks and self._is_uniform):
+            return get_total_norm(chunks).double().square()
+        norms = torch.stack(torch._foreach_norm(chunks))
+        squared: Tensor = torch.linalg.vector_norm(norms, dtype=torch.float64).square()
+        return squared
 
     def _reduce(self, sums: Tensor) -> Tensor:
         """Add up over ranks: squared norm, loss, count."""
@@ -202,34 +188,31 @@ class TorchEngine:
     def backward(self, result: LossSum) -> None:
         """Add the gradient of this microbatch's sum of losses, and the sum itself, to the step's."""
         result.total.backward()  # type: ignore[no-untyped-call]
-        self._loss += result.total.detach()
-        self._count += result.count
+        self._sums.add(result)
 
     @torch.no_grad()
     def step(self, lr_scale: float) -> StepResult:
         """Divide by the targets of the whole global batch, clip, update, zero."""
         gradients = self._collect_gradients()
-        sums = torch.stack((self._squared_norm(gradients).to(self._loss.device), self._loss, self._count))
-        sums = self._reduce(sums)
-        result, divisor = _weigh_on_host(sums, self._clip) if self._on_host else _weigh(sums, self._clip)
+        result, divisor = self._sums.weigh(self._squared_norm(gradients), self._reduce)
         for group in self._optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         self._update(gradients, divisor, result.skipped)
         self._zero()
-        self._loss.zero_()
-        self._count.zero_()
         return result
 
-    def _update(self, gradients: list[Tensor], divisor: Tensor, skipped: Tensor) -> None:
+    def _update(self, gradients: list[Tensor], divisor: Tensor | float, skipped: Tensor | bool) -> None:
         if self._skips_on_device:
             # torch's fused kernels skip where found_inf is 1, and nobody waits.
-            self._optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
-        elif skipped.item():
+            self._optimizer.found_inf = torch.as_tensor(skipped, dtype=torch.float32)  # type: ignore[attr-defined]
+        elif skipped:
             return
         if self._divides_in_kernel:
-            self._optimizer.grad_scale = divisor.float()  # type: ignore[attr-defined]
-        else:
+            self._optimizer.grad_scale = torch.as_tensor(divisor, dtype=torch.float32)  # type: ignore[attr-defined]
+        elif isinstance(divisor, float):
             torch._foreach_div_(gradients, divisor)
+        else:
+            torch._foreach_div_(gradients, divisor.to(gradients[0].device))
         self._optimizer.step()
 
     @contextmanager
@@ -277,25 +260,6 @@ class TorchEngine:
     def _piece(self, name: str, kind: str, held: Held) -> Piece:
         local = held.local.detach()
         return Piece(name, kind, held.shape, local.dtype, held.box, local, held.is_owner)
-
-
-def _weigh(sums: Tensor, clip: float | None) -> tuple[StepResult, Tensor]:
-    """What a step's sums (squared norm, loss, count; float64) mean, and what its gradients are to be divided by."""
-    squared, loss, count = sums.unbind()
-    count = count.clamp_min(_LEAST_COUNT)
-    loss, norm = loss / count, squared.sqrt() / count
-    divisor = count if clip is None else count * ((norm + _CLIP_EPSILON) / clip).clamp_min(1.0)
-    return StepResult(loss, norm, (loss + norm).isfinite().logical_not()), divisor
-
-
-def _weigh_on_host(sums: Tensor, clip: float | None) -> tuple[StepResult, Tensor]:
-    """`_weigh` in Python's floats: a dozen operations on tensors of one element cost more than a small step."""
-    squared, loss, count = sums.tolist()
-    count = max(count, _LEAST_COUNT)
-    loss, norm = loss / count, math.sqrt(squared) / count
-    divisor = count if clip is None else count * max((norm + _CLIP_EPSILON) / clip, 1.0)
-    numbers = torch.tensor((loss, norm, divisor), dtype=torch.float64).unbind()
-    return StepResult(numbers[0], numbers[1], torch.tensor(not math.isfinite(loss + norm))), numbers[2]
 
 
 def _in_chunks(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -21,7 +21,7 @@ from bigtrain.protocols import Batch, Task
 @dataclass(frozen=True)
 class _Seen:
     step: int
-    skipped: Tensor
+    skipped: Tensor | bool
     ready: Any  # torch.cuda.Event or None
     microbatches: Sequence[Batch]
 
@@ -37,11 +37,10 @@ class NonFiniteWatch:
     def __init__(self, world: World, policy: str) -> None:
         self._world = world
         self._policy = policy
-        self._late = world.device.type != "cpu"
         self._before: _Seen | None = None
         self.num_skipped = 0
 
-    def observe(self, step: int, skipped: Tensor, microbatches: Sequence[Batch]) -> _Seen | None:
+    def observe(self, step: int, skipped: Tensor | bool, microbatches: Sequence[Batch]) -> _Seen | None:
         """Take note of a step, and return one that was skipped and must stop the run, if any.
 
         Args:
@@ -49,8 +48,8 @@ class NonFiniteWatch:
             skipped: What the engine said of it, shape ().
             microbatches: What this rank computed in it.
         """
-        if not self._late:
-            return self._judge(_Seen(step, skipped, None, microbatches))
+        if isinstance(skipped, bool):
+            return self._judge(_Seen(step, skipped, None, microbatches)) if skipped else None
         host = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(skipped, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
@@ -65,7 +64,7 @@ class NonFiniteWatch:
     def _judge(self, seen: _Seen) -> _Seen | None:
         if seen.ready is not None:
             seen.ready.synchronize()
-        if not seen.skipped.item():
+        if not seen.skipped:
             return None
         self.num_skipped += 1
         return seen if self._policy == "stop" else None

@@ -151,7 +151,7 @@ def _one_step(training: Training, step: tuple[int, Any], reference: Trajectory, 
         for name, (difference, size) in part.items():
             before = squares.get(name, (0.0, 0.0))
             squares[name] = (before[0] + difference, before[1] + size)
-    return difference_of(result.loss.item(), result.norm.item(), squares, reference, number, apart)
+    return difference_of(float(result.loss), float(result.norm), squares, reference, number, apart)
 
 
 def _squares(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:

@@ -42,7 +42,7 @@ def train(engine: Engine, world: World, accumulation: int, steps: range) -> list
         batches = zoo.my_microbatches(step, world.rank, world.size, accumulation)
         result = train_step(engine, zoo.OddTask(), batches, zoo.lr_factor(step))
         assert not result.skipped
-        results.append((result.loss.item(), result.norm.item()))
+        results.append((float(result.loss), float(result.norm)))
     return results
 
 

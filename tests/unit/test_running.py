@@ -68,6 +68,7 @@ def config(tmp_path):
         "data": {"batch_size": 8, "eval": {"split": 0.2}},
         "train": {"epochs": 2},
         "optim": {"lr": 0.01},
+        "engine": {"device": "cpu"},
         "track": {"log_every": 1, "progress": "none"},
     }
 
@@ -173,6 +174,7 @@ task: classification
 model: {name: bigmodel}
 data: {name: digits, eval: none}
 train: {steps: 3}
+engine: {device: cpu}
 track: {progress: none}
 """
 
@@ -217,9 +219,11 @@ def test_two_engines_give_one_training(config):
 def test_a_second_start_is_refused_and_touches_nothing(config):
     run = train(config)
     before = files(run.path)
+    built: list[nn.Module] = []
     with pytest.raises(RunFolderError, match="the run mine is finished: steps 6") as caught:
-        train(config)
+        train(config, model=lambda: built.append(Net()))
     assert "run.name=mine-2" in caught.value.remedy
+    assert not built  # which may take long
     assert files(run.path) == before
 
 
@@ -363,6 +367,7 @@ task: regression
 model: mine:model
 data: {name: "mine:points", batch_size: 4, eval: {split: 0.2}}
 train: {steps: 100000000}
+engine: {device: cpu}
 eval: {every_epochs: null}
 track: {log_every: 1, progress: plain}
 """
