@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -43,14 +44,11 @@ class FSDPEngine(TorchEngine):
         # fully_shard refuses 0-dim parameters: they stay whole, and their gradients are summed in _collect_gradients.
         scalars = {p for p in model.parameters() if p.ndim == 0}
         offload: OffloadPolicy = CPUOffloadPolicy() if _may_offload(world, choices) else OffloadPolicy()
-        for part in (*blocks, model):
-            fully_shard(
-                part,
-                mesh=self._mesh,
-                reshard_after_forward=choices.reshard_after_forward,
-                offload_policy=offload,
-                ignored_params=scalars,
-            )
+        shared: dict[str, Any] = {"mesh": self._mesh, "offload_policy": offload, "ignored_params": scalars}
+        for block in blocks:
+            fully_shard(block, reshard_after_forward=choices.reshard_after_forward, **shared)
+        # The root's own parameters are needed again as soon as backward begins: giving them back would only cost.
+        fully_shard(model, reshard_after_forward=False, **shared)
         for module in _sharded_modules(model):
             # Sums instead of means; both switches on every module, they are not recursive.
             module.set_gradient_divide_factor(1.0)
