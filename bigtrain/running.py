@@ -119,7 +119,8 @@ def _train(config: Config, subject: Subject, hooks: Sequence[Hook], failing: _Fa
             outcome = _run(training, [], hooks, failing)
         else:
             folder = runs.RunFolder.create(config.run.dir, config.run.name, dump(config))
-            console = Console(training.cadence.total_steps, config.track.progress)
+            log = folder.logs / "rank-00000.stdout"
+            console = Console(training.cadence.total_steps, config.track.progress, log)
             console.say(_first_line(training))
             trackers = [MetricsFile(folder.metrics), console]
             outcome = _run(training, trackers, hooks, failing)

@@ -83,17 +83,15 @@ def _torchrun(plan: LaunchPlan, attempt: Path) -> list[str]:
 
 
 def _pass_on(stream: IO[bytes], log: Path) -> None:
-    """Copy what ranks write to stderr to the terminal, and what torchrun says to its log."""
+    """Copy what rank 0 writes to stderr to the terminal and its log, and what torchrun says to a log of its own."""
     failed = False
-    with log.open("wb") as file:
+    with log.open("wb") as agents, log.with_name("rank-00000.stderr").open("wb") as ranks:
         for line in stream:
             failed = failed or bool(_AGENT_FAILED.match(line))
-            if failed or _AGENT_SPEAKS.match(line):
-                file.write(line)
-                file.flush()
-            else:
-                sys.stderr.buffer.write(line)
-                sys.stderr.buffer.flush()
+            is_agents = failed or bool(_AGENT_SPEAKS.match(line))
+            for target in (agents,) if is_agents else (ranks, sys.stderr.buffer):
+                target.write(line)
+                target.flush()
 
 
 class _Interrupt:

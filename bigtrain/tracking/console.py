@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -20,9 +21,11 @@ class Console:
     Args:
         total_steps: The end of the bar.
         style: auto, bar, plain or none; auto draws a bar on a terminal and writes lines elsewhere.
+        log_file: Where the plain lines go as well, whatever the style.
     """
 
-    def __init__(self, total_steps: int, style: str = "auto") -> None:
+    def __init__(self, total_steps: int, style: str = "auto", log_file: Path | None = None) -> None:
+        self._log_file = log_file
         self._rich = RichConsole(highlight=False, soft_wrap=True)
         self._total = total_steps
         self._style = style if style != "auto" else ("bar" if sys.stdout.isatty() else "plain")
@@ -32,6 +35,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """Print one line above the bar."""
+        self._write(text)
         if self._style != "none":
             self._rich.print(text, markup=False)
 
@@ -39,16 +43,27 @@ class Console:
         """Show one line of numbers."""
         if any(key.startswith("eval/") for key in row):
             self.say(_evaluation(row))
-        elif self._style == "bar":
+            return
+        if self._style == "bar":
             self._show(row)
-        elif time.monotonic() - self._said_at >= _SECONDS_BETWEEN_LINES or row["step"] == self._total:
-            self._said_at = time.monotonic()
-            self.say(f"step {row['step']}/{self._total}  {_numbers(row)}")
+        if time.monotonic() - self._said_at < _SECONDS_BETWEEN_LINES and row["step"] < self._total:
+            return
+        self._said_at = time.monotonic()
+        line = f"step {row['step']}/{self._total}  {_numbers(row)}"
+        if self._style == "bar":
+            self._write(line)
+        else:
+            self.say(line)
 
     def close(self) -> None:
         """Take the bar down."""
         if self._progress is not None:
             self._progress.stop()
+
+    def _write(self, text: str) -> None:
+        if self._log_file is not None:
+            with self._log_file.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
 
     def _show(self, row: Mapping[str, Any]) -> None:
         if self._progress is None:

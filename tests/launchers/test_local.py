@@ -105,6 +105,9 @@ def test_a_run_that_works(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "runs/it/result.json").read_text())
     assert (result["steps"], result["world_size"], result["engine"]) == (6, 2, "ddp")
 
+    logs = tmp_path / "runs/it/attempts/0/logs"
+    assert "step 6/6" in (logs / "rank-00000.stdout").read_text()
+
     again = launch(run_file(tmp_path))
     assert again.returncode == 2
     assert "is finished" in again.stderr
@@ -163,7 +166,7 @@ def test_everything_ends_soon_after_a_failure_although_others_hang(tmp_path: Pat
     (tmp_path / "planted.py").write_text(source)
     done = launch(path)
     failed_at = json.loads((tmp_path / "runs/it/attempts/0/errors/rank-00000.json").read_text())["time"]
-    assert time.time() - failed_at < 12
+    assert time.time() - failed_at < 10
     assert "error: rank 0, after step 2: ZeroDivisionError" in done.stderr
 
 
