@@ -11,17 +11,33 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import xxhash
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from bigtrain.errors import CombinationError
 from bigtrain.models.blocks import batchnorm_over_batch, find_blocks
 from bigtrain.state import BUFFER, WEIGHT, Piece, whole
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+
+_aten = torch.ops.aten
+# What selective activation checkpointing keeps: results that cost much more to compute again than to hold.
+_EXPENSIVE = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten.convolution.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+}
 
 # Elements filled under one seed. It is part of the definition of every initial value: changing it changes them.
 _FILL_CHUNK = 1 << 20
@@ -52,6 +68,7 @@ def prepare(
     dtype: torch.dtype,
     num_processes: int,
     shards: bool,
+    recompute: str | int = "none",
 ) -> Prepared:
     """Build a model and make it ready for an engine, in this order.
 
@@ -59,6 +76,8 @@ def prepare(
     2. Freeze: what is trained decides which parameters get gradients and optimizer state.
     3. Convert to the dtype of the run, before an engine wraps: DDP and FSDP2 take parameters as they find them.
     4. Give values and move, unless the engine shards the model: then each rank fills only what it holds.
+    5. Checkpoint activations inside the blocks, before an engine shards them: a block's parameters are gathered around
+       its whole forward, and again around its whole backward, which the recomputation is a part of.
 
     Args:
         make: Builds the plain model.
@@ -69,9 +88,12 @@ def prepare(
         dtype: Of parameters and buffers.
         num_processes: How many will train together.
         shards: Whether the engine cuts the model up itself.
+        recompute: Which activations are computed again in the backward pass: none, full, ops, or those of one block
+            in so many.
 
     Raises:
-        CombinationError: Where the model would compute something else on several processes than on one.
+        CombinationError: Where the model would compute something else on several processes than on one, or has no
+            blocks to recompute.
     """
     seed_everything(seed)
     with torch.device("meta" if fillable and shards else "cpu"):
@@ -85,8 +107,42 @@ def prepare(
             fill_pieces(model, _whole_pieces(model), seed)
         model.to(device)
     blocks = [block for _, block in find_blocks(model)]
+    checkpoint_activations(blocks, recompute)
     fill = (lambda pieces: fill_pieces(model, pieces, seed)) if fillable and shards else None
     return Prepared(model, blocks, fill)
+
+
+def checkpoint_activations(blocks: Sequence[nn.Module], recompute: str | int) -> None:
+    """Let blocks keep their inputs only, and compute the rest again in backward (Chen et al., arXiv:1604.06174).
+
+    Each block's `forward` is wrapped, not the block: parameter names stay. Random numbers are drawn again as they were,
+    so the gradients are the same to the last bit.
+
+    Args:
+        blocks: The model's repeated parts.
+        recompute: none; full, all of every block; ops, all but the results of matrix products, convolutions and
+            attention; or n, all of every n-th block.
+
+    Raises:
+        CombinationError: Where there are no blocks.
+    """
+    if recompute == "none":
+        return
+    if not blocks:
+        raise CombinationError(
+            "the model has no repeated blocks whose activations could be computed again",
+            where="activation_checkpointing",
+            remedy="set it to none, or let the model answer blocks()",
+        )
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if recompute == "ops":
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_expensive)
+    for block in blocks[:: recompute if isinstance(recompute, int) else 1]:
+        block.forward = partial(checkpoint, block.forward, **settings)
+
+
+def _keep_expensive(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def seed_everything(seed: int) -> None:

@@ -121,7 +121,7 @@ def _train(config: Config, subject: Subject, hooks: Sequence[Hook], failing: _Fa
             folder = runs.RunFolder.create(config.run.dir, config.run.name, dump(config))
             log = folder.logs / "rank-00000.stdout"
             console = Console(training.cadence.total_steps, config.track.progress, log)
-            console.say(_first_line(training))
+            console.say(_first_lines(training))
             trackers = [MetricsFile(folder.metrics), console]
             outcome = _run(training, trackers, hooks, failing)
             _finish(folder, outcome, training, console)
@@ -170,14 +170,14 @@ def _is_small(value: Any) -> bool:
     return not isinstance(value, Tensor) or value.numel() <= _LARGEST_IN_RESULT
 
 
-def _first_line(training: Training) -> str:
+def _first_lines(training: Training) -> str:
     config, world = training.config, training.world
     parameters = sum(piece[0] for piece in training.sizes())
     trained = sum(piece[0] for piece in training.sizes() if piece[1])
     share = "" if trained == parameters else f", {trained:,} of them trained"
     return (
         f"{config.run.name}: {config.model.name} ({parameters:,} parameters{share}) on {config.data.name} "
-        f"({training.train.num_samples:,} samples); {training.cadence.total_steps} steps of {config.data.batch_size}; "
+        f"({training.train.num_samples:,} samples), {training.cadence.total_steps} steps of {config.data.batch_size}\n"
         f"{training.engine_choice}, {world.size} process{'es' if world.size > 1 else ''} on {world.device.type}"
     )
 

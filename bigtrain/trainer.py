@@ -122,7 +122,7 @@ def assemble(
     )
     # From here on random numbers are each rank's own: dropout must differ between ranks.
     seed_everything(config.run.seed + world.rank)
-    choice = f"engine {name}: {why}"
+    choice = f"engine {name} ({why})"
     return Training(config, world, task, prepared.model, engine, plan, schedule, train, evaluation, cadence, choice)
 
 
@@ -164,7 +164,13 @@ def _prepare(config: Config, subject: Subject, world: World, *, shards: bool) ->
         dtype=DTYPES[config.precision],
         num_processes=world.size,
         shards=shards,
+        recompute=_recompute(config),
     )
+
+
+def _recompute(config: Config) -> str | int:
+    wanted = config.activation_checkpointing
+    return wanted if isinstance(wanted, str) else wanted.every
 
 
 def _given(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:

@@ -20,7 +20,7 @@ def parity(
     world_sizes: Annotated[str, typer.Option(help="Numbers of processes, separated by commas.")] = "1,2",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Compare the run under every engine, world size and accumulation with one plain loop, step by step.
+    """Compare the run under every engine, world size, accumulation and activation checkpointing with a plain loop.
 
     Exit code 0: the same; 1: something differs; 3: rounding alone differs too soon to tell.
     """
@@ -83,6 +83,7 @@ def _print(report: Report) -> None:
         "engine",
         "processes",
         "accumulation",
+        "recomputed",
         "precision",
         "steps that count",
         "loss",
@@ -90,11 +91,20 @@ def _print(report: Report) -> None:
         "parameters",
         "",
     ):
-        table.add_column(heading, justify="right" if heading not in ("engine", "precision", "") else "left")
+        table.add_column(
+            heading, justify="right" if heading not in ("engine", "recomputed", "precision", "") else "left"
+        )
     for verdict in report.verdicts:
         variant = verdict.variant
         largest = (f"{value:.1e}" for value in (verdict.loss, verdict.norm, verdict.parameters))
-        cells = (variant.engine, variant.world_size, variant.accumulation, variant.precision, verdict.horizon)
+        cells = (
+            variant.engine,
+            variant.world_size,
+            variant.accumulation,
+            variant.recompute,
+            variant.precision,
+            verdict.horizon,
+        )
         table.add_row(*map(str, cells), *largest, verdict.outcome)
     console.print(table)
     for line in _remarks(report):

@@ -95,7 +95,7 @@ class Config(Section):
     compile: Annotated[Literal["none", "blocks", "model"], Available("none")] = "none"
     """What torch.compile compiles: nothing, each block, or the whole model."""
 
-    activation_checkpointing: Annotated[Literal["none", "full", "ops"] | EveryBlocks, Available("none")] = "none"
+    activation_checkpointing: Literal["none", "full", "ops"] | EveryBlocks = "none"
     """Which activations are computed again in the backward pass; {every: 2}: those of every second block."""
 
     finetune: Finetune = Field(default_factory=Finetune)

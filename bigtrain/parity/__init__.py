@@ -1,4 +1,4 @@
-"""Is it the same training? Every engine, world size and accumulation against one plain loop, on the user's own run.
+"""Is it the same training? Every way to compute it against one plain loop, on the user's own run.
 
 Floating-point addition is not associative and training is chaotic, so the question is asked as long as it has an
 answer: the reference also runs against itself with its batches split, and steps count while that difference stays a
@@ -20,7 +20,7 @@ import torch
 
 from bigtrain.config.schema import Config
 from bigtrain.errors import CombinationError
-from bigtrain.models.blocks import batchnorm_over_batch
+from bigtrain.models.blocks import batchnorm_over_batch, find_blocks
 from bigtrain.parity.compare import (
     TOLERANCES,
     StepDifference,
@@ -146,11 +146,13 @@ def run(
                 said(f"{engine} × {world_size}, {precision}")
                 engine_config = varied.engine.model_copy(update={"name": engine})
                 placed = varied.model_copy(update={"engine": engine_config})
-                arguments = (placed, accumulations, plain.reference, subject, plain.apart, tamper)
+                ways = [(accumulation, "none") for accumulation in accumulations]
+                ways += [(accumulations[0], "full")] if plain.has_blocks else []
+                variants = [Variant(engine, world_size, *way, precision) for way in ways]
+                arguments = (placed, variants, plain.reference, subject, plain.apart, tamper)
                 found = run_ranks(measure, world_size, arguments)[0]
-                for accumulation, differences in found.items():
-                    variant = Variant(engine, world_size, accumulation, precision)
-                    verdicts.append(judge(variant, differences, plain.horizon))
+                pairs = zip(variants, found, strict=True)
+                verdicts += [judge(variant, differences, plain.horizon) for variant, differences in pairs]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return Report(verdicts, switched_off, sorted(apart_of_any), steps)
@@ -191,6 +193,7 @@ class _Plain:
     apart: list[str]
     horizon: int
     switched_off: list[str]
+    has_blocks: bool
 
 
 def _run_plainly(config: Config, subject: Subject, steps: int, folder: Path) -> _Plain:
@@ -208,7 +211,7 @@ def _run_plainly(config: Config, subject: Subject, steps: int, folder: Path) -> 
     apart = without_true_gradient(reference, split)
     horizon = horizon_of(floor_of(reference, split, apart), TOLERANCES[config.precision])
     reference.gradients.clear()  # tensors do not travel between processes by value
-    return _Plain(reference, apart, horizon, switched_off)
+    return _Plain(reference, apart, horizon, switched_off, bool(find_blocks(model)))
 
 
 def _refuse_what_differs_by_nature(model: torch.nn.Module) -> None:

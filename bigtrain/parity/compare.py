@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bigtrain.config.schema import Config
-from bigtrain.dist import join
+from bigtrain.dist import World, join
 from bigtrain.engines import needs_group
 from bigtrain.loop import train_step
 from bigtrain.parity.reference import Trajectory
@@ -31,16 +31,19 @@ class Variant:
         engine: The engine's name.
         world_size: How many processes.
         accumulation: Microbatches in a full step.
+        recompute: The activation checkpointing: none or full.
         precision: Of the run.
     """
 
     engine: str
     world_size: int
     accumulation: int
+    recompute: str
     precision: str
 
     def __str__(self) -> str:
-        return f"{self.engine} × {self.world_size}, accumulation {self.accumulation}, {self.precision}"
+        again = ", activation checkpointing" if self.recompute != "none" else ""
+        return f"{self.engine} × {self.world_size}, accumulation {self.accumulation}{again}, {self.precision}"
 
 
 @dataclass(frozen=True)
@@ -99,40 +102,42 @@ Squares = Mapping[str, tuple[float, float]]
 
 def measure(
     config: Config,
-    accumulations: Sequence[int],
+    variants: Sequence[Variant],
     reference: Trajectory,
     subject: Subject,
     apart: Sequence[str],
     tamper: Callable[[], AbstractContextManager[Any]] | None,
-) -> dict[int, list[StepDifference]]:
+) -> list[list[StepDifference]]:
     """Train under an engine and measure every step. Runs on every rank.
 
     Args:
         config: The run file with the engine and precision of the variants.
-        accumulations: Microbatches a step, one training each.
+        variants: Which differ in nothing else; one training each.
         reference: What it should be.
         subject: Objects that a user gave instead of names.
         apart: Parameters that are left out of the comparison.
         tamper: A context in which all of it happens: tests plant faults there.
 
     Returns:
-        Differences of each step, by accumulation; the same on every rank.
+        Differences of each step, by variant; the same on every rank.
     """
-    found = {}
+    found = []
     with (
         (tamper or nullcontext)(),
         join(config.engine.device, needs_group=needs_group(config.engine.name)) as world,
     ):
-        for accumulation in accumulations:
-            share = math.ceil(config.data.batch_size / world.size)
-            micro = None if accumulation == 1 else math.ceil(share / accumulation)
-            varied = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": micro})})
-            training = assemble(varied, world, subject, adapt=switch_off_dropout)
-            found[accumulation] = [
-                _one_step(training, step, reference, apart) for step in _numbered(training, reference)
-            ]
+        for variant in variants:
+            training = assemble(_varied(config, variant, world), world, subject, adapt=switch_off_dropout)
+            found.append([_one_step(training, step, reference, apart) for step in _numbered(training, reference)])
             training.close()
     return found
+
+
+def _varied(config: Config, variant: Variant, world: World) -> Config:
+    share = math.ceil(config.data.batch_size / world.size)
+    micro = None if variant.accumulation == 1 else math.ceil(share / variant.accumulation)
+    train = config.train.model_copy(update={"micro_batch_size": micro})
+    return config.model_copy(update={"train": train, "activation_checkpointing": variant.recompute})
 
 
 def _numbered(training: Training, reference: Trajectory) -> Any:

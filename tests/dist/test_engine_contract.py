@@ -52,6 +52,24 @@ def test_same_as_plain_torch(layout: str, world_size: int) -> None:
     run_distributed(compare_with_plain, world_size, layout)
 
 
+def compare_with_recomputation(layout: str) -> None:
+    """Activation checkpointing changes nothing: bit for bit in what one rank computes itself."""
+    with join("cpu", needs_group=layout != "single") as world:
+        finals = {}
+        for recompute in ("none", "full", "ops", 2):
+            engine = build(layout, world, recompute=recompute)
+            train(engine, world, 2, range(4))
+            finals[recompute] = everything(engine, world)
+            engine.close()
+        for recompute in ("full", "ops", 2):
+            assert_same_state(finals[recompute], finals["none"], f"{layout}, {recompute}")
+
+
+@pytest.mark.parametrize(("layout", "world_size"), [("single", 1), ("ddp", 2), ("fsdp", 2), ("fsdp", 4)])
+def test_activation_checkpointing_changes_nothing(layout: str, world_size: int) -> None:
+    run_distributed(compare_with_recomputation, world_size, layout)
+
+
 def evaluation_leaves_no_trace(layout: str) -> None:
     with join("cpu", needs_group=layout != "single") as world:
         finals = []

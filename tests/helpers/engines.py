@@ -15,6 +15,7 @@ from bigtrain.engines import Choices, Engine
 from bigtrain.loop import train_step
 from bigtrain.models.blocks import find_blocks
 from bigtrain.optim import plan_optimizer
+from bigtrain.prepare import checkpoint_activations
 from bigtrain.state import EngineState, MemoryReader, assemble
 from tests.helpers import zoo
 
@@ -26,12 +27,14 @@ def build(
     frozen: bool = False,
     dtype: torch.dtype = torch.float32,
     optim: dict[str, Any] = zoo.ADAMW,
+    recompute: str | int = "none",
 ) -> Engine:
     """The odd model under an engine; `hsdp` is fsdp with two ranks a copy."""
     model = zoo.make_odd(frozen, dtype)
     plan = plan_optimizer(model, schema.Optim.model_validate(optim))
     choices = Choices(clip_grad_norm=zoo.CLIP, shard_size=2 if layout == "hsdp" else None)
     blocks = [block for _, block in find_blocks(model)]
+    checkpoint_activations(blocks, recompute)
     return engines.build(layout.replace("hsdp", "fsdp"), model, blocks, plan, world, choices)
 
 

@@ -2,15 +2,18 @@
 
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigtrain import models
 from bigtrain.errors import CombinationError, PatternError
 from bigtrain.finetune.freeze import freeze_parameters
-from bigtrain.prepare import fill_pieces, prepare
+from bigtrain.models.blocks import find_blocks
+from bigtrain.prepare import checkpoint_activations, fill_pieces, prepare
 from bigtrain.state import BUFFER, WEIGHT, Box, EngineState, Piece, assemble, whole
 
 CPU = torch.device("cpu")
@@ -249,3 +252,71 @@ def test_batchnorm_over_processes_is_refused_with_the_ways_out():
 )
 def test_norms_that_compute_the_same_on_several_processes_pass(make, freeze, num_processes):
     assert make_ready(make, freeze=freeze, num_processes=num_processes).model.training
+
+
+class Forgetful(nn.Module):
+    """Blocks with dropout, which count how often they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = [(nn.Linear(6, 9), nn.Tanh(), nn.Dropout(0.3), nn.Linear(9, 6)) for _ in range(4)]
+        self.layers = nn.ModuleList(nn.Sequential(*part) for part in parts)
+        self.runs = [0] * 4
+        for number, layer in enumerate(self.layers):
+            layer[1].register_forward_hook(lambda *_, number=number: self._count(number))
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.layers)
+
+    def _count(self, number: int) -> None:
+        self.runs[number] += 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+def gradients_with(recompute: str | int) -> tuple[Forgetful, int]:
+    """A model after one backward pass, and how many matrix products that took."""
+    torch.manual_seed(3)
+    model = Forgetful()
+    names = [name for name, _ in model.named_parameters()]
+    checkpoint_activations([block for _, block in find_blocks(model)], recompute)
+    assert [name for name, _ in model.named_parameters()] == names
+    total = model(torch.linspace(-1, 1, 30).reshape(5, 6)).square().sum()
+    with Products() as products:
+        total.backward()
+    return model, products.count
+
+
+@pytest.mark.parametrize(
+    ("recompute", "runs", "again"), [("full", [2, 2, 2, 2], 8), ("ops", [2, 2, 2, 2], 0), (2, [2, 1, 2, 1], 4)]
+)
+def test_activations_are_computed_again_to_the_last_bit(recompute: str | int, runs: list[int], again: int) -> None:
+    plain, products = gradients_with("none")
+    assert plain.runs == [1, 1, 1, 1]
+    model, more_products = gradients_with(recompute)
+    assert model.runs == runs
+    assert more_products - products <= again
+    if recompute == "ops":
+        assert more_products == products
+    else:
+        assert more_products > products
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_without_blocks_there_is_nothing_to_compute_again() -> None:
+    with pytest.raises(CombinationError, match="no repeated blocks"):
+        checkpoint_activations([], "full")

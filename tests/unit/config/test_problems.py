@@ -260,7 +260,6 @@ NOT_BUILT = {
     "engine.deepspeed.extra": "{a: 1}",
     "precision": "bf16",
     "compile": "blocks",
-    "activation_checkpointing": "{every: 2}",
     "finetune.init_from": "weights.pt",
     "finetune.unfreeze": "[{at_epoch: 1, match: a}]",
     "finetune.layer_decay": 0.5,
