@@ -107,5 +107,10 @@ def join(device: str = "auto", *, needs_group: bool = False, timeout_s: float = 
         store = dist.HashStore()  # type: ignore[attr-defined]
         alone = {"store": store, "rank": 0, "world_size": 1}
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **alone)
-    yield World(rank, size, local_rank, place, dist.group.WORLD)
-    dist.destroy_process_group()  # not after an error: a failing rank must not wait for the others
+    try:
+        yield World(rank, size, local_rank, place, dist.group.WORLD)
+    except BaseException:
+        if size == 1:  # a failing rank of several must not wait for the others
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()

@@ -17,7 +17,7 @@ from torch import Tensor
 from bigtrain.dist import World
 from bigtrain.engines.base import Engine
 from bigtrain.engines.sums import StepResult
-from bigtrain.health.agreement import Agreement, stop_on_signals
+from bigtrain.health.agreement import Agreement, check_buffers, stop_on_signals
 from bigtrain.health.nonfinite import NonFiniteWatch, explain
 from bigtrain.optim import Schedule
 from bigtrain.protocols import Batch, Task
@@ -207,10 +207,14 @@ class Loop:
 
         Raises:
             NonFiniteError: On every rank in the same step.
+            CombinationError: After the first step, where the model's buffers differ between ranks.
         """
+        first = self.outcome.steps + 1
         with stop_on_signals(self._agreement):
             while self.outcome.steps < self._cadence.total_steps and not self.outcome.stopped:
                 self._one_step()
+                if self.outcome.steps == first and self._world.size > 1:
+                    check_buffers(self._world, self._engine.state().pieces)
             self._raise_if(self._watch.last())
         self._agreement.close()  # not after an error: that would wait for the others
         self.outcome.num_skipped = self._watch.num_skipped

@@ -11,12 +11,15 @@ import difflib
 import importlib
 import inspect
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from bigtrain.errors import BigtrainError, UserError
+
+_INSTALLED = tuple({sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
 def nearest(name: str, options: Iterable[str], limit: int = 3) -> list[str]:
@@ -50,7 +53,7 @@ def load(spec: str, *, error: type[UserError], where: str) -> Any:
     try:
         return getattr(module, attribute)
     except AttributeError:
-        public = [name for name in vars(module) if not name.startswith("_")]
+        public = [n for n, value in vars(module).items() if not (n.startswith("_") or inspect.ismodule(value))]
         remedy = suggest(attribute, public, f"names in {module_name}")
         raise error(f"the module {module_name} has no {attribute!r}", where=where, remedy=remedy) from None
 
@@ -140,9 +143,17 @@ def _show(parameter: inspect.Parameter | None, name: str) -> str:
 
 
 def _failed(what: str, cause: Exception, error: type[UserError], where: str) -> UserError:
-    last = traceback.extract_tb(cause.__traceback__)[-1]
     return error(
         f"{what} failed: {type(cause).__name__}: {cause}",
-        where=f"{where}, in {last.filename}:{last.lineno}",
+        where=f"{where}, in {place_of(cause)}",
         remedy="correct it; --debug shows the whole traceback",
     )
+
+
+def place_of(error: BaseException) -> str:
+    """`file:line` of the innermost frame in code that is not installed, which is most often the user's own."""
+    frames = traceback.extract_tb(error.__traceback__)
+    not_theirs = (*_INSTALLED, str(Path(__file__).parent))
+    own = [frame for frame in frames if not frame.filename.startswith((*not_theirs, "<"))]
+    last = (own or frames)[-1]
+    return f"{last.filename}:{last.lineno}"

@@ -23,6 +23,7 @@ from bigtrain.patterns import match_names
 
 Schedule = Callable[[int], float]
 
+_GIVEN = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _BUILT_IN: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
@@ -96,7 +97,9 @@ def plan_optimizer(model: nn.Module, config: schema.Optim) -> OptimizerPlan:
     common = _common_arguments(cls, config)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
-        raise PatternError("nothing to train: every parameter is frozen", where="finetune.freeze")
+        has_any = next(model.parameters(), None) is not None
+        why = "every parameter is frozen" if has_any else f"{type(model).__name__} has no parameters"
+        raise PatternError(f"nothing to train: {why}", where="finetune.freeze" if has_any else "model")
     undecayed = set() if config.decay_norms_and_biases else norm_and_bias(model)
     overrides = _overrides_by_name(config.groups, named)
     groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
@@ -123,6 +126,15 @@ def _find_class(name: str) -> type[torch.optim.Optimizer]:
     cls: Any = load(name, error=UserError, where="optim.name")
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise UserError(f"{name!r} is not a torch.optim.Optimizer class", where="optim.name")
+    needed = [
+        p.name for p in inspect.signature(cls.step).parameters.values() if p.default is p.empty and p.kind in _GIVEN
+    ]
+    if needed != ["self"]:
+        raise UserError(
+            f"{name} wants {', '.join(needed[1:])} in every step, to run the model more than once",
+            where="optim.name",
+            remedy="take an optimizer whose step() needs nothing but the gradients",
+        )
     return cls
 
 

@@ -58,9 +58,8 @@ def run_ranks(
         receivers, processes = [], []
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_work, args=(func, rank, world_size, folder, sender, tuple(args), strict), daemon=True
-            )
+            # Not daemons: those may have no data workers. They are ended below, whatever happens.
+            process = context.Process(target=_work, args=(func, rank, world_size, folder, sender, tuple(args), strict))
             process.start()
             sender.close()
             receivers.append(receiver)

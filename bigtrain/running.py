@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from bigtrain import engines, runs
 from bigtrain.config.loader import Resolved, dump, from_dict, load
 from bigtrain.config.schema import Config
 from bigtrain.dist import World, join
-from bigtrain.errors import OutOfMemoryError
+from bigtrain.errors import OutOfMemoryError, TrainingError, UserError
 from bigtrain.loop import Hook, Loop, Outcome, StepInfo
 from bigtrain.protocols import Dataset, Task
 from bigtrain.tracking.console import Console
@@ -103,18 +103,19 @@ def _type_name(value: object) -> str:
 
 
 def _train(config: Config, subject: Subject, hooks: Sequence[Hook], failing: _Failing) -> Run:
-    _set_up_torch(config)
     failing.rank = int(os.environ.get("RANK", 0))
     if failing.rank == 0:
         runs.check_free(config.run.dir, config.run.name)
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     engine, _ = engines.choose(config.engine.name, num_processes)
     with (
+        _torch_set_up(config),
         join(config.engine.device, needs_group=engines.needs_group(engine)) as world,
         _lack_of_memory_explained(config, world, engine),
+        closing(assemble(config, world, subject)) as training,
     ):
-        training = assemble(config, world, subject)
-        path = Path(config.run.dir, config.run.name)
+        model, path = training.model, Path(config.run.dir, config.run.name)
+        world.all_reduce(torch.zeros(1))  # nothing is created before every rank has come this far
         if not world.is_main:
             outcome = _run(training, [], hooks, failing)
         else:
@@ -125,8 +126,6 @@ def _train(config: Config, subject: Subject, hooks: Sequence[Hook], failing: _Fa
             trackers = [MetricsFile(folder.metrics), console]
             outcome = _run(training, trackers, hooks, failing)
             _finish(folder, outcome, training, console)
-        model = training.model
-        training.close()
     return Run(path, outcome, model)
 
 
@@ -135,6 +134,9 @@ def _run(training: Training, trackers: Sequence[Any], hooks: Sequence[Hook], fai
     failing.loop = loop
     try:
         return loop.run()
+    except UserError as error:
+        error.exit_code = TrainingError.exit_code  # the run has begun: its folder is there
+        raise
     finally:
         for tracker in trackers:
             tracker.close()
@@ -182,14 +184,23 @@ def _first_lines(training: Training) -> str:
     )
 
 
-def _set_up_torch(config: Config) -> None:
+@contextmanager
+def _torch_set_up(config: Config) -> Iterator[None]:
+    """What the run file says of torch itself, put back at the end: a notebook goes on."""
+    threads = torch.get_num_threads()
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
     if config.run.threads != "auto":
         torch.set_num_threads(config.run.threads)
     if config.run.deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # what cuBLAS needs for it, by torch's documentation
+        # What cuBLAS needs for it, by torch's documentation. It is read once, so it stays.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(was_deterministic, warn_only=only_warned)
 
 
 class _Failing:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from bigtrain import data as data_layer
 from bigtrain import engines, models, tasks
@@ -15,7 +16,7 @@ from bigtrain.config.schema import Config
 from bigtrain.data import EvalLoader, TrainLoader
 from bigtrain.dist import World
 from bigtrain.engines import Choices, Engine
-from bigtrain.errors import ModelError
+from bigtrain.errors import DataError, ModelError
 from bigtrain.finetune.freeze import freeze_parameters
 from bigtrain.loop import Cadence, Hook, Loop, Tracker, moved
 from bigtrain.optim import OptimizerPlan, Schedule, make_schedule, plan_optimizer
@@ -128,7 +129,9 @@ def assemble(
 
 def build_task(config: Config, subject: Subject = Subject()) -> Task:
     """The task, by name or as it was given."""
-    return subject.task or tasks.build(config.task.name, config.task.args)
+    if subject.task is None:
+        return tasks.build(config.task.name, config.task.args)
+    return tasks.checked(subject.task, config.task.name)
 
 
 def build_data(config: Config, subject: Subject = Subject()) -> data_layer.DataSets:
@@ -143,6 +146,11 @@ def build_data(config: Config, subject: Subject = Subject()) -> data_layer.DataS
     if subject.data is None:
         return data_layer.build(data.name, data.args, evaluation=share_or_named, **options)
     if isinstance(subject.data, tuple):
+        if len(subject.data) != 2:
+            raise DataError(
+                f"data= is a tuple of {len(subject.data)}",
+                remedy="give one dataset, or a pair: to train on, and to evaluate on",
+            )
         return data_layer.combine(*subject.data, **options)
     return data_layer.combine(subject.data, share_or_named, **options)
 
@@ -174,11 +182,16 @@ def _recompute(config: Config) -> str | int:
 
 
 def _given(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
-    made = model if isinstance(model, nn.Module) else model()
+    made = model() if callable(model) and not isinstance(model, nn.Module) else model
     if not isinstance(made, nn.Module):
         raise ModelError(
-            f"model() returned {type(made).__name__}",
+            f"{'model=' if made is model else 'model()'} is {type(made).__name__}",
             remedy="give a torch.nn.Module, or a function that makes one",
+        )
+    if any(isinstance(p, DTensor) for p in made.parameters()):
+        raise ModelError(
+            f"the {type(made).__name__} that was given has been cut up already, as by an earlier run under fsdp",
+            remedy="give a function that makes the model: each run then begins with a new one",
         )
     return made
 

@@ -59,7 +59,7 @@ def run(plan: LaunchPlan, attempt: Path) -> int:
     _name_logs(attempt)
     if interrupt.number is not None:
         return 128 + interrupt.number
-    return 0 if code == 0 else _explain(attempt, log, code)
+    return 0 if code == 0 else _explain(attempt, log, code, debug=plan.debug)
 
 
 def _torchrun(plan: LaunchPlan, attempt: Path) -> list[str]:
@@ -162,7 +162,7 @@ def _name_logs(attempt: Path) -> None:
             stream.replace(target)
 
 
-def _explain(attempt: Path, log: Path, code: int) -> int:
+def _explain(attempt: Path, log: Path, code: int, *, debug: bool) -> int:
     """Print the cause of the end, last on the screen, and return its exit code."""
     failures = read_errors(attempt)
     killed = _killed_ranks(log)
@@ -177,7 +177,7 @@ def _explain(attempt: Path, log: Path, code: int) -> int:
         )
         return 128 + number
     if failures:
-        print("\n" + _tell(failures[0]), file=sys.stderr)
+        print("\n" + _tell(failures[0], debug=debug), file=sys.stderr)
         return failures[0].exit_code
     print(f"\nerror: torchrun ended with exit code {code}\n  at: {log}", file=sys.stderr)
     return code if code > 0 else 1
@@ -198,8 +198,8 @@ def _advice(number: int) -> str:
     return "a library crashed in native code; see that rank's log"
 
 
-def _tell(failure: RankFailure) -> str:
-    """A failure in a few lines: a user's error without the traceback, any other with it."""
+def _tell(failure: RankFailure, *, debug: bool) -> str:
+    """A failure in a few lines: an error of ours without the traceback unless it is asked for, any other with it."""
     place = f"rank {failure.rank}" + (
         f", after step {failure.step}" if failure.step is not None else ", before the first step"
     )
@@ -208,4 +208,4 @@ def _tell(failure: RankFailure) -> str:
     lines = [f"error: {failure.message}", f"  at: {place}" + (f"; {failure.where}" if failure.where else "")]
     if failure.remedy:
         lines.append("  do: " + failure.remedy.replace("\n", "\n      "))
-    return "\n".join(lines)
+    return "\n".join([failure.traceback.rstrip(), *lines] if debug else lines)

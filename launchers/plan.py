@@ -26,11 +26,13 @@ class LaunchPlan:
         nproc: How many processes.
         program: The program of a rank, and its arguments, as Python's -m takes them.
         environment: What is added to the environment of every rank.
+        debug: Show tracebacks of errors that are the user's.
     """
 
     nproc: int
     program: tuple[str, ...]
     environment: Mapping[str, str]
+    debug: bool = False
 
 
 def make_plan(
@@ -57,7 +59,7 @@ def make_plan(
         )
     program = ("bigtrain", *(("--debug",) if debug else ()), "train", str(run_file), *overrides)
     environment = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads_per_rank(config, count))}
-    return LaunchPlan(count, program, environment)
+    return LaunchPlan(count, program, environment, debug)
 
 
 def threads_per_rank(config: Config, nproc: int) -> int:

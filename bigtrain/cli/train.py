@@ -20,7 +20,7 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
     from bigtrain.running import train as train_run
     from bigtrain.runs import ATTEMPT_VARIABLE
 
-    is_rank = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    is_rank = ATTEMPT_VARIABLE in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         run = train_run(run_file, overrides or ())
     except BaseException:
@@ -55,6 +55,7 @@ def _leave_at_once() -> None:
 
 
 def launch(
+    context: typer.Context,
     run_file: RunFile,
     overrides: Overrides = None,
     nproc: Annotated[
@@ -72,7 +73,8 @@ def launch(
 
     changes = list(overrides or ())
     config = load(run_file, changes).config
-    plan = make_plan(config, Path(run_file), changes, nproc=nproc)
+    debug = bool(context.find_root().params["debug"])
+    plan = make_plan(config, Path(run_file), changes, nproc=nproc, debug=debug)
     runs.check_free(config.run.dir, config.run.name)
     folder = Path(config.run.dir)
     absent = [place for place in (folder, *folder.parents) if not place.exists()]

@@ -73,7 +73,7 @@ def _no_file(path: Path) -> Problem:
     folder = path.parent
     if not folder.is_dir():
         return Problem(f"there is no file {path}", remedy=f"there is no folder {folder} either")
-    names = sorted(p.name for p in folder.glob("*") if p.suffix in (".yaml", ".yml"))
+    names = sorted(p.name for p in folder.glob("[!.]*") if p.suffix in (".yaml", ".yml"))
     near = tuple(str(folder / name) for name in nearest_words(path.name, names))
     remedy = f"{folder.resolve()} holds {', '.join(names[:10]) or 'no run file'}"
     return Problem(f"there is no file {path}", suggestions=near, remedy=remedy)

@@ -19,6 +19,7 @@ from torch.nn.utils import get_total_norm
 from bigtrain.dist import World
 from bigtrain.engines import slots
 from bigtrain.engines.sums import DeviceSums, HostSums, StepResult
+from bigtrain.errors import UserError
 from bigtrain.optim import OptimizerPlan
 from bigtrain.protocols import LossSum
 from bigtrain.state import BUFFER, WEIGHT, Box, EngineState, Piece, Reader, whole
@@ -187,6 +188,12 @@ class TorchEngine:
 
     def backward(self, result: LossSum) -> None:
         """Add the gradient of this microbatch's sum of losses, and the sum itself, to the step's."""
+        if not isinstance(result, LossSum):
+            raise UserError(
+                f"the task's loss returned {type(result).__name__}",
+                where="task",
+                remedy="return LossSum(total, count): the sum of the losses, not their mean, and how many there are",
+            )
         result.total.backward()  # type: ignore[no-untyped-call]
         self._sums.add(result)
 

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bigtrain.dist import World
 from bigtrain.engines.base import Choices, TorchEngine
+from bigtrain.errors import CombinationError
 from bigtrain.optim import OptimizerPlan
 
 # torch 2.15 renames the switch, and warns about the old name.
@@ -50,10 +51,29 @@ class DDPEngine(TorchEngine):
             with self.model.no_sync():  # type: ignore[operator]
                 yield
 
+    def _collect_gradients(self) -> list[Tensor]:
+        without = [name for name in self._weights if name in self._updated and self._updated[name].grad is None]
+        if without:
+            raise _take_no_part(without)
+        return super()._collect_gradients()
+
     def _reduce(self, sums: Tensor) -> Tensor:
         # The gradient is the same on every rank already; loss and count are not.
         self._world.all_reduce(sums[1:])
         return sums
+
+
+def _take_no_part(names: list[str]) -> CombinationError:
+    """The error for parameters without a gradient, for which DDP would wait forever.
+
+    It could look for them in every step, which costs a seventh of the step of a small transformer on a CPU.
+    """
+    shown = ", ".join(names[:5]) + (f" … ({len(names)} in all)" if len(names) > 5 else "")
+    return CombinationError(
+        f"the engine ddp needs a gradient of every trained parameter, and these take no part in the loss: {shown}",
+        where="model",
+        remedy="if they never do, freeze them (finetune.freeze): the results stay the same; or set engine.name to fsdp",
+    )
 
 
 def _sum_bucket(group: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from bigtrain.dist import World
@@ -41,11 +42,12 @@ class FSDPEngine(TorchEngine):
         choices: Choices,
     ) -> None:
         self._mesh = _mesh(world, choices.shard_size)
-        # fully_shard refuses 0-dim parameters: they stay whole, and their gradients are summed in _collect_gradients.
-        scalars = {p for p in model.parameters() if p.ndim == 0}
+        # fully_shard refuses parameters of no dimension, and its kernels those of no elements: they stay whole, and
+        # their gradients are summed in _collect_gradients.
+        whole = {p for p in model.parameters() if _stays_whole(p)}
         offload: OffloadPolicy = CPUOffloadPolicy() if _may_offload(world, choices) else OffloadPolicy()
-        shared: dict[str, Any] = {"mesh": self._mesh, "offload_policy": offload, "ignored_params": scalars}
-        for block in blocks:
+        shared: dict[str, Any] = {"mesh": self._mesh, "offload_policy": offload, "ignored_params": whole}
+        for block in _without_shared_parameters(model, blocks):
             fully_shard(block, reshard_after_forward=choices.reshard_after_forward, **shared)
         # The root's own parameters are needed again as soon as backward begins: giving them back would only cost.
         fully_shard(model, reshard_after_forward=False, **shared)
@@ -56,8 +58,9 @@ class FSDPEngine(TorchEngine):
         if choices.fill:
             model.to_empty(device="cpu" if choices.cpu_offload else world.device)
         self._locals_are_fresh = False
+        self._is_elementwise = plan.elementwise
         super().__init__(model, model, plan, world, choices)
-        self._scalars = [p for p in self._updated.values() if p.ndim == 0]
+        self._whole = [p for p in self._updated.values() if _stays_whole(p)]
 
     def _held(self, tensor: Tensor, position: int) -> Held:
         if not isinstance(tensor, DTensor):
@@ -69,13 +72,22 @@ class FSDPEngine(TorchEngine):
 
     def _tensors_to_update(self, plan: OptimizerPlan) -> dict[str, Tensor]:
         if not plan.elementwise:
-            return super()._tensors_to_update(plan)
+            return {name: self._as_dtensor(tensor) for name, tensor in super()._tensors_to_update(plan).items()}
         # Shards as plain tensors: an elementwise update needs no DTensor, and going through one costs several times
         # the update.
         return {
             name: nn.Parameter(held.local) if isinstance(held.tensor, DTensor) else held.tensor
             for name, held in ((name, self._weights[name]) for name in self._trained)
         }
+
+    def _as_dtensor(self, tensor: Tensor) -> Tensor:
+        """A parameter that stays whole as a DTensor over the same memory: many an operation takes all or none."""
+        if isinstance(tensor, DTensor):
+            return tensor
+        return nn.Parameter(self._replicated(tensor.detach()))
+
+    def _replicated(self, tensor: Tensor) -> DTensor:
+        return DTensor.from_local(tensor, self._mesh, [Replicate()] * self._mesh.ndim, run_check=False)
 
     def _collect_gradients(self) -> list[Tensor]:
         if not self._locals_are_fresh:
@@ -86,27 +98,44 @@ class FSDPEngine(TorchEngine):
             if tensor.grad is None:
                 updated.grad = None
                 continue
-            if tensor.ndim == 0:
+            if _stays_whole(tensor):
                 self._world.all_reduce(tensor.grad)
-            elif updated is not tensor:
-                updated.grad = tensor.grad._local_tensor  # type: ignore[attr-defined]
+            if updated is not tensor:
+                is_shard = isinstance(tensor.grad, DTensor)
+                updated.grad = _plain(tensor.grad) if is_shard else self._replicated(tensor.grad)
             gradients.append(updated.grad)
         return gradients  # type: ignore[return-value]
 
     def _refresh_locals(self) -> None:
         # FSDP pads uneven shards at the first forward, and then they lie elsewhere.
         for name, updated in self._updated.items():
-            updated.data = self._weights[name].local if updated is not self._weights[name].tensor else updated.data
+            if not isinstance(updated, DTensor):
+                updated.data = self._weights[name].local
         self._locals_are_fresh = True
 
     def _squared_norm(self, gradients: list[Tensor]) -> Tensor:
         sharded = [g for g in gradients if g.ndim > 0]
         replicas = self._mesh.size(0) if self._mesh.ndim == 2 else 1
         squared = super()._squared_norm([_plain(g) for g in sharded]) / replicas
-        for p in self._scalars:
+        for p in self._whole:
             if p.grad is not None:
-                squared += p.grad.double().square() / self._world.size
+                squared += _plain(p.grad).double().square().sum() / self._world.size
         return squared
+
+    def _update(self, gradients: list[Tensor], divisor: Tensor | float, skipped: Tensor | bool) -> None:
+        if self._is_elementwise:
+            super()._update(gradients, divisor, skipped)
+            return
+        try:
+            super()._update(gradients, divisor, skipped)
+        except (RuntimeError, NotImplementedError) as cause:  # what DTensor raises where it does not know an operation
+            name = type(self._optimizer).__name__
+            raise CombinationError(
+                f"the optimizer {name} cannot update sharded parameters: {str(cause).partition(chr(10))[0]}",
+                where="optim.name",
+                remedy="set engine.name to ddp; or, where the update of an element depends on nothing but that element,\n"
+                f"say so by a class attribute, {name}.elementwise = True",
+            ) from cause
 
     def _reduce(self, sums: Tensor) -> Tensor:
         return self._world.all_reduce(sums)
@@ -126,6 +155,29 @@ class FSDPEngine(TorchEngine):
         # The root keeps its parameters gathered after a forward without a backward.
         for module in _sharded_modules(self.model):
             module.reshard()
+
+
+def _stays_whole(parameter: Tensor) -> bool:
+    return parameter.ndim == 0 or parameter.numel() == 0
+
+
+def _without_shared_parameters(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """The blocks that share no parameter with another part of the model; FSDP2 wants all uses of one in one group.
+
+    The others are left to the root's group, which is gathered once for the whole step.
+    """
+    places = Counter({*_parameters_outside(model, set(blocks))})
+    for block in blocks:
+        places.update({*block.parameters()})
+    return [block for block in blocks if all(places[p] == 1 or _stays_whole(p) for p in block.parameters())]
+
+
+def _parameters_outside(module: nn.Module, blocks: set[nn.Module]) -> Iterator[nn.Parameter]:
+    """The parameters that are reached without going through a block; some more than once."""
+    yield from module.parameters(recurse=False)
+    for child in module.children():
+        if child not in blocks:
+            yield from _parameters_outside(child, blocks)
 
 
 def _plain(gradient: Tensor) -> Tensor:

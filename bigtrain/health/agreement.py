@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 import torch
 import torch.distributed as dist
+import xxhash
+from torch import Tensor
 
 from bigtrain.dist import World
+from bigtrain.errors import CombinationError
+from bigtrain.state import BUFFER, Piece
 
 
 class Agreement:
@@ -54,6 +58,36 @@ class Agreement:
         self._work.wait()
         self._work = None
         return bool(self._flag.item())
+
+
+def check_buffers(world: World, pieces: Iterable[Piece]) -> None:
+    """Compare the buffers of all ranks, which each computed on its own. Every rank must call it.
+
+    Args:
+        world: The ranks.
+        pieces: What this rank holds of the state.
+
+    Raises:
+        CombinationError: Where a buffer differs, as a mean over a rank's own samples does: what the run would keep of
+            it would depend on the number of processes.
+    """
+    buffers = [piece for piece in pieces if piece.kind == BUFFER]
+    of_ranks = world.all_gather_object({piece.name: _hash(piece.data) for piece in buffers})
+    for rank, hashes in enumerate(of_ranks):
+        different = [name for name, value in hashes.items() if value != of_ranks[0][name]]
+        if different:
+            raise CombinationError(
+                f"after the first step the buffer {different[0]} of rank {rank} is not that of rank 0: "
+                "the model makes it of a rank's own part of the batch",
+                where="model",
+                remedy="make it of all ranks' samples (torch.distributed.all_reduce in forward), leave it out, "
+                "or train in one process",
+            )
+
+
+def _hash(tensor: Tensor) -> int:
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return xxhash.xxh3_64_intdigest(raw.numpy().data)
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def train_plainly(
     for step in range(steps):
         loss, norm, gradients = _gradient(model, task, batches(step), splits, named)
         if step == 0:
-            trajectory.gradients = {name: g.clone() for (name, _), g in zip(named, gradients, strict=True)}
+            trajectory.gradients = {name: g.clone() for name, g in gradients.items()}
         clip = config.optim.clip_grad_norm
         if clip is not None:
             # Not clip_grad_norm_: its float32 norm is off by 1e-4 for a large tensor on a CPU.
@@ -105,20 +105,22 @@ def _gradient(
     data: Callable[[int], Sequence[Batch]],
     splits: int,
     named: Sequence[tuple[str, Tensor]],
-) -> tuple[float, float, list[Tensor]]:
-    """Backward through a whole global batch: its mean loss, the norm of the gradient, and the gradient."""
+) -> tuple[float, float, dict[str, Tensor]]:
+    """Backward through a whole global batch: its mean loss, the norm of the gradient, and the gradient by name.
+
+    A parameter that takes no part in the loss has none, and no optimizer of torch touches it.
+    """
     total, count = 0.0, 0.0
     for batch in data(splits):
         result = task.loss(model, batch)
         result.total.backward()  # type: ignore[no-untyped-call]
         total += float(result.total.detach().double())
         count += float(result.count)
-    for _, p in named:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        p.grad /= count
-    gradients = [p.grad for _, p in named if p.grad is not None]
-    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+    count = count or 1.0  # a batch without a target that counts has a loss and a gradient of 0
+    gradients = {name: p.grad for name, p in named if p.grad is not None}
+    for gradient in gradients.values():
+        gradient /= count
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
     return total / count, norm, gradients
 
 
@@ -130,7 +132,7 @@ def _batches(
     is_part = isinstance(dataset, Part)
     read = Reader(dataset.base if is_part else dataset, config.run.seed)  # type: ignore[attr-defined]
     size = config.data.batch_size
-    dtype = torch.float64 if config.precision == "fp64" else None
+    dtype = torch.float64 if config.precision == "fp64" else torch.float32
 
     def of_step(step: int) -> Callable[[int], Sequence[Batch]]:
         epoch, number = divmod(step, steps_per_epoch)
@@ -147,13 +149,14 @@ def _batches(
     return of_step
 
 
-def _cast(value: object, dtype: torch.dtype | None) -> object:
+def _cast(value: object, dtype: torch.dtype) -> object:
     if isinstance(value, Tensor):
-        return value.to(dtype) if dtype and value.is_floating_point() else value
+        return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, dict):
         return {key: _cast(item, dtype) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_cast(item, dtype) for item in value)
+        cast: list[Any] = [_cast(item, dtype) for item in value]
+        return type(value)(*cast) if hasattr(value, "_fields") else type(value)(cast)
     return value
 
 
@@ -212,6 +215,7 @@ def without_true_gradient(one: Trajectory, other: Trajectory) -> list[str]:
     names = []
     for name, gradient in one.gradients.items():
         norm = float(gradient.double().norm())
-        if norm > 0 and float((gradient - other.gradients[name]).double().norm()) > _NOISE_SHARE * norm:
+        theirs = other.gradients.get(name, torch.zeros_like(gradient))
+        if norm > 0 and float((gradient - theirs).double().norm()) > _NOISE_SHARE * norm:
             names.append(name)
     return names

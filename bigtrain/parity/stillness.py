@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from bigtrain.data import TrainLoader
 from bigtrain.errors import CombinationError
 from bigtrain.loop import moved
-from bigtrain.protocols import Dataset, Task
+from bigtrain.protocols import Batch, Dataset, Task
 
 # Attributes by which modules keep a dropout rate that is applied in a function: torch's MultiheadAttention and
 # recurrent layers, attention modules of other libraries, stochastic depth.
 _RATE_ATTRIBUTES = ("dropout", "attention_dropout", "dropout_p", "drop_prob", "drop_path")
+
+# By how much buffers may differ because sums are rounded otherwise.
+_ROUNDING = 1e-4
 
 
 def switch_off_dropout(model: nn.Module) -> list[str]:
@@ -61,3 +65,36 @@ def refuse_randomness(model: nn.Module, task: Task, dataset: Dataset) -> None:
             where="model",
             remedy="compare with that randomness switched off, by an argument of the model (model.args)",
         )
+
+
+def refuse_buffers_of_the_batch(model: nn.Module, task: Task, dataset: Dataset) -> None:
+    """Refuse a model whose forward makes buffers of the batch: a batch in two parts would leave others behind.
+
+    Raises:
+        CombinationError: Naming the buffers, with what can be done.
+    """
+    loaders = [TrainLoader(dataset, batch_size=4, micro_batch_size=most) for most in (4, 2)]
+    whole, halves = (_buffers_after(model, task, next(loader.steps()).microbatches) for loader in loaders)
+    apart = [
+        name
+        for name, ours in halves.items()
+        if float((ours - whole[name]).norm()) > _ROUNDING * float(whole[name].norm())
+    ]
+    if apart:
+        raise CombinationError(
+            f"the model makes buffers of whatever batch a process has, so splitting it changes them: {apart[0]}",
+            where="model",
+            remedy="leave running statistics out, by an argument of the model (model.args), or keep them as they are "
+            "while it trains",
+        )
+
+
+def _buffers_after(model: nn.Module, task: Task, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """The floating buffers of a copy of the model that has seen these batches."""
+    torch.manual_seed(1)
+    copied = copy.deepcopy(model)
+    dtype = next(model.parameters()).dtype
+    with torch.no_grad():
+        for batch in batches:
+            task.loss(copied, moved(batch, torch.device("cpu"), dtype))
+    return {name: buffer for name, buffer in copied.named_buffers() if buffer.is_floating_point()}

@@ -40,12 +40,22 @@ def build(name: str, args: Mapping[str, Any] | None = None) -> Task:
         remedy = suggest(name, _OWN, "tasks") + "\na task of your own is package.module:Class"
         raise UserError(f"there is no task {name!r}", where="task.name", remedy=remedy)
     factory = load(_OWN.get(name, name), error=UserError, where="task.name")
-    task: Task = call(factory, args or {}, name=name, error=UserError, where="task.args")
+    return checked(call(factory, args or {}, name=name, error=UserError, where="task.args"), name)
+
+
+def checked(task: Any, name: str) -> Task:
+    """The task, if it can do what a task must.
+
+    Raises:
+        UserError: Where it has no `loss` and `metrics`, or is a class.
+    """
+    if isinstance(task, type):
+        raise UserError(f"the task {name} is a class", where="task.name", remedy="give an instance of it")
     lacking = [method for method in ("loss", "metrics") if not callable(getattr(task, method, None))]
     if lacking:
         raise UserError(
-            f"{name} made a {type(task).__name__}, which has no {' and no '.join(lacking)}",
+            f"the task {name} is a {type(task).__name__}, which has no {' and no '.join(lacking)}",
             where="task.name",
             remedy="a task has loss(model, batch) -> LossSum, and metrics()",
         )
-    return task
+    return task  # type: ignore[no-any-return]

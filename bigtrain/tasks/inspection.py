@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bigtrain.errors import BigtrainError, DataError
+from bigtrain.named import place_of
 from bigtrain.protocols import Batch
 from bigtrain.tasks.tensors import describe
 
@@ -57,8 +58,9 @@ def try_on(model: nn.Module, *inputs: Any, **named: Any) -> Any:
     except Exception as cause:
         raise DataError(
             f"the model cannot take a batch of the data: {type(cause).__name__}: {cause}",
-            where=f"inputs: {', '.join(describe(value) for value in (*inputs, *named.values()))}",
-            remedy="let the data (data.args, data.transforms) and the model (model.args) fit each other",
+            where=f"{place_of(cause)}; inputs: {', '.join(describe(value) for value in (*inputs, *named.values()))}",
+            remedy="let the data (data.args, data.transforms) and the model (model.args) fit each other;\n"
+            "--debug shows the model's own traceback",
         ) from cause
 
 

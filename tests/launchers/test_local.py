@@ -113,6 +113,14 @@ def test_a_run_that_works(tmp_path: Path) -> None:
     assert "is finished" in again.stderr
 
 
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_users_error_is_told_once(tmp_path: Path, nproc: int) -> None:
+    done = launch(run_file(tmp_path, model="bigmodle"), f"--nproc={nproc}")
+    assert done.returncode == 2
+    assert done.stderr.count("there is no model 'bigmodle'") == 1
+    assert not (tmp_path / "runs").exists()
+
+
 def failing(how: str, rank: int = 1) -> dict[str, Any]:
     return {"name": "planted:Failing", "args": {"how": how, "rank": rank}}
 

@@ -166,6 +166,15 @@ def test_values_of_overrides_are_yaml():
     assert config.run.dir == "a=b"
 
 
+def test_a_file_that_is_not_there_is_answered_with_the_run_files_that_are(tmp_path):
+    (tmp_path / "quick.yaml").touch()
+    (tmp_path / ".hidden.yaml").touch()
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path / "quikc.yaml")
+    assert caught.value.problems[0].suggestions == (str(tmp_path / "quick.yaml"),)
+    assert ".hidden" not in caught.value.problems[0].remedy
+
+
 def test_the_later_of_two_overrides_holds():
     assert from_dict(SMALLEST, ["optim.lr=1", "optim.lr=2"]).config.optim.lr == 2
 

@@ -1,0 +1,52 @@
+"""docs/run_file.md names every model, data source and task, with its arguments and their defaults."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bigtrain import data, models, tasks
+from bigtrain.data import synthetic
+from bigtrain.named import load
+
+TEXT = (Path(__file__).parents[2] / "docs/run_file.md").read_text()
+ROWS = dict(re.findall(r"^\| `([^`]+)` \| (.*) \|$", TEXT, re.MULTILINE))
+OWN = models._OWN | data._OWN | tasks._OWN
+
+
+def shown(text: str) -> dict[str, Any]:
+    """The arguments in a cell, and their defaults: they stand before its first sentence ends."""
+    words = re.findall(r"`([^`]+)`", text)
+    return {name: yaml.safe_load(value) if value else None for name, _, value in (w.partition("=") for w in words)}
+
+
+def taken(call: Any) -> dict[str, Any]:
+    parameters = inspect.signature(call).parameters.values()
+    found = {
+        p.name: p.default
+        for p in parameters
+        if p.name not in ("self", "split") and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    }
+    return {name: None if value is inspect.Parameter.empty else value for name, value in found.items()}
+
+
+@pytest.mark.parametrize("name", [name for name in OWN if name != "synthetic"])
+def test_arguments(name: str) -> None:
+    arguments = taken(load(OWN[name], error=AssertionError, where=name))
+    assert shown(ROWS[name].partition(". ")[0]) == arguments
+
+
+@pytest.mark.parametrize("kind", sorted(synthetic._KINDS))
+def test_arguments_of_synthetic_data(kind: str) -> None:
+    (cell,) = re.findall(rf"`{kind}` \(([^)]*)\)", ROWS["synthetic"])
+    arguments = {name: list(v) if isinstance(v, tuple) else v for name, v in taken(synthetic._KINDS[kind]).items()}
+    assert shown(cell) == arguments
+
+
+def test_nothing_else_is_named() -> None:
+    assert {name for name in ROWS if "/" not in name and ":" not in name} == set(OWN)
