@@ -154,7 +154,7 @@ class Outcome:
 
     steps: int = 0
     samples: int = 0
-    evaluation: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict, repr=False)
     stopped: bool = False
     num_skipped: int = 0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def run(plan: LaunchPlan, attempt: Path) -> int:
         "PYTHONUNBUFFERED": "1",
     }
     command = _torchrun(plan, attempt)
+    print(f"starting {plan.nproc} process{'es' if plan.nproc > 1 else ''}; logs are in {attempt / 'logs'}", flush=True)
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
     assert process.stderr is not None
     pump = threading.Thread(target=_pass_on, args=(process.stderr, log), daemon=True)
@@ -160,6 +162,7 @@ def _name_logs(attempt: Path) -> None:
         target = logs / f"rank-{int(stream.parent.name):05d}.{stream.stem}"
         if stream.stat().st_size:
             stream.replace(target)
+    shutil.rmtree(logs / ".torchrun", ignore_errors=True)
 
 
 def _explain(attempt: Path, log: Path, code: int, *, debug: bool) -> int:

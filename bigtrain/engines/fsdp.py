@@ -133,7 +133,7 @@ class FSDPEngine(TorchEngine):
             raise CombinationError(
                 f"the optimizer {name} cannot update sharded parameters: {str(cause).partition(chr(10))[0]}",
                 where="optim.name",
-                remedy="set engine.name to ddp; or, where the update of an element depends on nothing but that element,\n"
+                remedy="set engine.name to ddp; or, where the update of an element depends on that element alone,\n"
                 f"say so by a class attribute, {name}.elementwise = True",
             ) from cause
 
