@@ -23,7 +23,6 @@ from bigtrain.patterns import match_names
 
 Schedule = Callable[[int], float]
 
-_GIVEN = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _BUILT_IN: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
@@ -126,12 +125,11 @@ def _find_class(name: str) -> type[torch.optim.Optimizer]:
     cls: Any = load(name, error=UserError, where="optim.name")
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise UserError(f"{name!r} is not a torch.optim.Optimizer class", where="optim.name")
-    needed = [
-        p.name for p in inspect.signature(cls.step).parameters.values() if p.default is p.empty and p.kind in _GIVEN
-    ]
-    if needed != ["self"]:
+    _, *given = inspect.signature(cls.step).parameters.values()  # the first is self
+    needed = [p.name for p in given if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD]
+    if needed:
         raise UserError(
-            f"{name} wants {', '.join(needed[1:])} in every step, to run the model more than once",
+            f"{name} wants {', '.join(needed)} in every step, to run the model more than once",
             where="optim.name",
             remedy="take an optimizer whose step() needs nothing but the gradients",
         )

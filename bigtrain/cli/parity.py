@@ -52,6 +52,8 @@ def _names(text: str) -> list[str]:
     for name in names:
         if name not in known:
             raise UserError(f"{name!r} is not an engine", where="--engines", remedy=f"take some of {', '.join(known)}")
+    if not names:
+        raise UserError("no engine is named", where="--engines", remedy=f"take some of {', '.join(known)}")
     return names
 
 

@@ -31,7 +31,7 @@ from bigtrain.parity.compare import (
     measure,
 )
 from bigtrain.parity.reference import Trajectory, train_plainly, without_true_gradient
-from bigtrain.parity.stillness import refuse_buffers_of_the_batch, refuse_randomness, switch_off_dropout
+from bigtrain.parity.stillness import refuse_mixing_of_samples, refuse_randomness, switch_off_dropout
 from bigtrain.processes import run_ranks
 from bigtrain.trainer import Subject, build_data, build_task, prepare_whole
 
@@ -205,7 +205,7 @@ def _run_plainly(config: Config, subject: Subject, steps: int, folder: Path) -> 
         switched_off = switch_off_dropout(model)
         _refuse_what_differs_by_nature(model)
         refuse_randomness(model, task, dataset)
-        refuse_buffers_of_the_batch(model, task, dataset)
+        refuse_mixing_of_samples(model, task, dataset)
         place = folder / f"{splits}"
         trajectories.append(train_plainly(config, model, task, dataset, steps=steps, splits=splits, folder=place))
     reference, split = trajectories

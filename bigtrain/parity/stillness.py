@@ -18,8 +18,9 @@ from bigtrain.protocols import Batch, Dataset, Task
 # recurrent layers, attention modules of other libraries, stochastic depth.
 _RATE_ATTRIBUTES = ("dropout", "attention_dropout", "dropout_p", "drop_prob", "drop_path")
 
-# By how much buffers may differ because sums are rounded otherwise.
+# By how much sums may differ because they are rounded otherwise.
 _ROUNDING = 1e-4
+_LOSS = "(loss)"  # no name of a buffer
 
 
 def switch_off_dropout(model: nn.Module) -> list[str]:
@@ -67,34 +68,35 @@ def refuse_randomness(model: nn.Module, task: Task, dataset: Dataset) -> None:
         )
 
 
-def refuse_buffers_of_the_batch(model: nn.Module, task: Task, dataset: Dataset) -> None:
-    """Refuse a model whose forward makes buffers of the batch: a batch in two parts would leave others behind.
+def refuse_mixing_of_samples(model: nn.Module, task: Task, dataset: Dataset) -> None:
+    """Refuse a model or a task for which a batch in two parts is not the same batch.
 
     Raises:
-        CombinationError: Naming the buffers, with what can be done.
+        CombinationError: Naming the buffer where it is one, with what can be done.
     """
     loaders = [TrainLoader(dataset, batch_size=4, micro_batch_size=most) for most in (4, 2)]
-    whole, halves = (_buffers_after(model, task, next(loader.steps()).microbatches) for loader in loaders)
-    apart = [
-        name
-        for name, ours in halves.items()
-        if float((ours - whole[name]).norm()) > _ROUNDING * float(whole[name].norm())
-    ]
-    if apart:
+    whole, halves = (_after(model, task, next(loader.steps()).microbatches) for loader in loaders)
+    if apart := [name for name, value in halves.items() if _differ(value, whole[name])]:
+        cause = "the loss of a sample depends" if apart[0] == _LOSS else f"the buffer {apart[0]} depends"
         raise CombinationError(
-            f"the model makes buffers of whatever batch a process has, so splitting it changes them: {apart[0]}",
+            f"{cause} on which samples are in its batch, so splitting the batch changes the numbers",
             where="model",
-            remedy="leave running statistics out, by an argument of the model (model.args), or keep them as they are "
-            "while it trains",
+            remedy="leave out what mixes samples (batch means, running statistics), by an argument of the model\n"
+            "(model.args) or of the task (task.args)",
         )
 
 
-def _buffers_after(model: nn.Module, task: Task, batches: Sequence[Batch]) -> dict[str, Tensor]:
-    """The floating buffers of a copy of the model that has seen these batches."""
+def _differ(one: Tensor, other: Tensor) -> bool:
+    return float((one - other).norm()) > _ROUNDING * float(other.norm())
+
+
+def _after(model: nn.Module, task: Task, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """The sum of the losses, and the floating buffers of a copy of the model that has seen these batches."""
     torch.manual_seed(1)
     copied = copy.deepcopy(model)
-    dtype = next(model.parameters()).dtype
+    total, dtype = torch.zeros((), dtype=torch.float64), next(model.parameters()).dtype
     with torch.no_grad():
         for batch in batches:
-            task.loss(copied, moved(batch, torch.device("cpu"), dtype))
-    return {name: buffer for name, buffer in copied.named_buffers() if buffer.is_floating_point()}
+            total += task.loss(copied, moved(batch, torch.device("cpu"), dtype)).total
+    buffers = {name: buffer for name, buffer in copied.named_buffers() if buffer.is_floating_point()}
+    return {_LOSS: total, **buffers}

@@ -123,3 +123,10 @@ def test_a_run_file_whose_data_are_missing_says_which_files(tmp_path: Path) -> N
     assert done.returncode == 2
     assert "cifar-10" in done.stderr.lower()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_test_file_is_collected() -> None:
+    """pytest leaves out folders of certain names unless told otherwise."""
+    out = run(ROOT, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/dist/..")
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
+    assert files == {line.split("::")[0] for line in out.splitlines() if "::" in line}
