@@ -30,13 +30,18 @@ class OddBlock(nn.Module):
 
 
 class Odd(nn.Module):
-    """Tied weights, a block used twice, a scalar, a parameter of 3 rows, a buffer that is saved and one that is not."""
+    """Weights tied in the root and across blocks, a block used twice, a scalar, a parameter of 3 rows and one of none.
+
+    And a buffer that is saved, and one that is not.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, WIDTH)
-        self.layers = nn.ModuleList(OddBlock() for _ in range(3))
+        self.layers = nn.ModuleList(OddBlock() for _ in range(4))
+        self.layers[3].up.weight = self.layers[2].up.weight
         self.mix = nn.Parameter(torch.randn(3, WIDTH) * 0.1)
+        self.nothing = nn.Parameter(torch.zeros(0, WIDTH))
         self.temperature = nn.Parameter(torch.tensor(0.7))
         self.head = nn.Linear(WIDTH, VOCAB, bias=False)
         self.head.weight = self.embed.weight
@@ -48,9 +53,9 @@ class Odd(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B,) -> (B, VOCAB)
         x = self.embed(tokens) + self.shift * self.scratch
-        for layer in (self.layers[0], self.layers[1], self.layers[2], self.layers[1]):
+        for layer in (self.layers[0], self.layers[1], self.layers[2], self.layers[1], self.layers[3]):
             x = layer(x)
-        x = x + F.linear(F.linear(x, self.mix), self.mix.T)
+        x = x + F.linear(F.linear(x, self.mix), self.mix.T) + self.nothing.sum()
         return self.head(x) * self.temperature
 
 

@@ -63,6 +63,12 @@ def test_a_group_of_one_ends_with_its_block():
     assert not dist.is_initialized()
 
 
+def test_a_group_of_one_ends_with_an_error_too():
+    with pytest.raises(ZeroDivisionError), join("cpu", needs_group=True):
+        raise ZeroDivisionError
+    assert not dist.is_initialized()
+
+
 def test_a_group_that_was_there_before_stays():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

@@ -1,5 +1,6 @@
 """Finding and calling what a run file names."""
 
+import statistics
 import sys
 from pathlib import Path
 
@@ -54,6 +55,24 @@ def test_failing_factory_says_what_and_where():
     assert caught.value.problem == "thing failed: ValueError: a negative width"
     assert f"{Path(__file__)}:{make.__code__.co_firstlineno + 2}" in str(caught.value.where)
     assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_failure_in_a_library_names_the_users_own_line():
+    def make_from_words(width: str) -> float:
+        return statistics.mean([width])  # fails deep in the standard library
+
+    with pytest.raises(ModelError) as caught:
+        call_make({"width": "three"}, make_from_words)
+    assert f"{Path(__file__)}:{make_from_words.__code__.co_firstlineno + 1}" in str(caught.value.where)
+
+
+def test_imported_modules_are_not_suggested(tmp_path, monkeypatch):
+    (tmp_path / "importing.py").write_text("import math\n\ndef mass(): ...\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ModelError) as caught:
+        load("importing:matt", error=ModelError, where="model.name")
+    assert caught.value.remedy == "did you mean mass?"
 
 
 def test_an_error_of_ours_is_passed_on():

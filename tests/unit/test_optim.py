@@ -192,6 +192,7 @@ def test_a_class_with_open_keywords_gets_rate_and_decay():
         ({"name": "optimizers_of_mine:Sign", "args": {"rho": 1}}, "optim.args", "has no argument 'rho'"),
         ({"name": "optimizers_of_mine:Sgn"}, "optim.name", "has no 'Sgn'"),
         ({"name": "optimizers_of_mine:Net"}, "optim.name", "is not a torch.optim.Optimizer class"),
+        ({"name": "torch.optim:LBFGS"}, "optim.name", "wants closure in every step"),
         ({"name": "no_such_module:Sign"}, "optim.name", "there is no module 'no_such_module'"),
         (
             {"name": "optimizers_of_mine:Sign", "groups": [{"match": "*", "weight_decay": 0.1}]},

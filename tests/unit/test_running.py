@@ -27,7 +27,7 @@ from bigtrain.errors import (
     RunFolderError,
     UserError,
 )
-from bigtrain.loop import Hook
+from bigtrain.loop import Hook, StepInfo
 from bigtrain.protocols import Batch, LossSum
 from bigtrain.tasks.classification import Classification
 from bigtrain.tasks.regression import Regression
@@ -203,6 +203,55 @@ def test_a_run_may_stand_in_a_thread_of_a_notebook(config):
     thread.join()
     assert (runs[0].outcome.steps, runs[0].outcome.stopped) == (4, True)
     assert signal.getsignal(signal.SIGINT) is handlers
+
+
+def test_what_a_run_sets_in_torch_is_put_back(config):
+    threads = torch.get_num_threads()
+    seen = []
+
+    def look(info: StepInfo) -> None:
+        seen.append((torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()))
+
+    train(
+        config,
+        ("run.deterministic=true", f"run.threads={threads + 1}", "train.epochs=null", "train.steps=1"),
+        hooks=[look],
+    )
+    assert seen == [(True, threads + 1)]
+    assert (torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()) == (False, threads)
+
+
+class PointsWithAGap(Points):
+    """Its last sample cannot be read; the second step of the run would read it."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index == 17:
+            raise OSError("gone")
+        return super().__getitem__(index)
+
+
+def test_a_users_error_after_the_start_is_a_failed_run(config):
+    """Exit code 2 promises that nothing was created."""
+    with pytest.raises(DataError, match="sample 17 cannot be read") as caught:
+        train(config, ("data.batch_size=4",), data=(PointsWithAGap(), None))
+    assert caught.value.exit_code == 1
+    assert Path(config["run"]["dir"], "mine", "config.yaml").exists()
+
+
+def test_a_module_that_was_cut_up_is_refused(config):
+    net = Net()
+    train(config, ("engine.name=fsdp", "train.epochs=1"), model=net)
+    with pytest.raises(ModelError, match="cut up already"):
+        train(config, ("run.name=again",), model=net)
+
+
+def test_a_loss_that_is_no_sum_is_told(config):
+    class Mean(Regression):
+        def loss(self, model: nn.Module, batch: Batch) -> Any:
+            return super().loss(model, batch).total / len(batch)
+
+    with pytest.raises(UserError, match="loss returned Tensor"):
+        train(config, task=Mean())
 
 
 def test_two_engines_give_one_training(config):
