@@ -184,7 +184,7 @@ def _optimizer(config: Config, model: nn.Module, named: Sequence[tuple[str, nn.P
     cls = own.get(optim.name) or getattr(importlib.import_module(module), attribute)
     # One parameter after the other, by the plainest of torch's implementations.
     plainest = {"foreach": False} if optim.name in own else {}
-    made: torch.optim.Optimizer = cls(groups, **{**plainest, **optim.args})
+    made: torch.optim.Optimizer = cls(groups, lr=optim.lr, **{**plainest, **optim.args})
     return made
 
 

@@ -53,6 +53,24 @@ def test_same_as_plain_torch(layout: str, world_size: int) -> None:
     run_distributed(compare_with_plain, world_size, layout)
 
 
+def compare_an_update_of_whole_parameters(layout: str) -> None:
+    with join("cpu", needs_group=True) as world:
+        engine = build(layout, world, optim=zoo.NORMALISED)
+        ours = train(engine, world, 2, range(STEPS))
+        plain = zoo.make_odd()
+        theirs, _ = zoo.plain_loop(plain, STEPS, optim=zoo.NORMALISED)
+        tolerance, parameter_tolerance = TOLERANCE[torch.float32]
+        assert all(zoo.relative(*pair) < tolerance for a, b in zip(ours, theirs, strict=True) for pair in zip(a, b, strict=True))
+        reference = {name: p.detach() for name, p in plain.named_parameters()}
+        assert zoo.distance(weights(everything(engine, world)), reference) < parameter_tolerance
+        engine.close()
+
+
+@pytest.mark.parametrize(("layout", "world_size"), [("ddp", 2), ("fsdp", 2), ("hsdp", 4)])
+def test_an_optimizer_that_needs_whole_parameters(layout: str, world_size: int) -> None:
+    run_distributed(compare_an_update_of_whole_parameters, world_size, layout)
+
+
 def compare_with_recomputation(layout: str) -> None:
     """Activation checkpointing changes nothing: bit for bit in what one rank computes itself."""
     with join("cpu", needs_group=layout != "single") as world:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from bigtrain import parity
 from bigtrain.config.loader import from_dict, load
 from bigtrain.config.schema import Config
 from bigtrain.errors import CombinationError
-from tests.helpers import faults
+from tests.helpers import faults, zoo
 
 
 class Block(nn.Sequential):
@@ -46,6 +47,51 @@ class WithBatchNorm(nn.Sequential):
 class Restless(Small):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * x.new_empty(1).normal_()
+
+
+class Centred(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(0))
+
+
+class Tracking(Small):
+    """Like an InstanceNorm with running statistics: evaluation alone would differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0), 0.1)
+            return super().forward(x)
+        return super().forward(x - self.mean)
+
+
+class Sample(NamedTuple):
+    inputs: Tensor
+    label: int
+
+
+class OfMyOwn:
+    """Named tuples in float64."""
+
+    def __init__(self, split: str) -> None:
+        self.inputs = torch.randn(40, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(self.inputs[index], index % 5)
+
+
+class WithSpare(Small):
+    """A layer that takes no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(16, 16)
 
 
 def config(model: str = "Small", **changes: Any) -> Config:
@@ -107,8 +153,22 @@ def test_finds_a_planted_fault(name: str) -> None:
     assert verdict.worst
 
 
+def test_a_users_own_samples_spare_layer_optimizer_and_data_workers() -> None:
+    data = {"name": f"{__name__}:OfMyOwn", "eval": "none", "batch_size": 8, "workers": 1}
+    report = parity.run(
+        config("WithSpare", data=data, optim=zoo.NORMALISED), steps=6, engines=["fsdp"], world_sizes=[2], accumulations=[2], precisions=["fp32"]
+    )
+    assert {verdict.outcome for verdict in report.verdicts} == {"same"}
+
+
 @pytest.mark.parametrize(
-    ("model", "problem"), [("WithBatchNorm", "BatchNorm normalises"), ("Restless", "random in training")]
+    ("model", "problem"),
+    [
+        ("WithBatchNorm", "BatchNorm normalises"),
+        ("Restless", "random in training"),
+        ("Centred", "the loss of a sample depends on which samples are in its batch"),
+        ("Tracking", "the buffer mean depends on which samples are in its batch"),
+    ],
 )
 def test_refuses_what_differs_by_nature(model: str, problem: str) -> None:
     with pytest.raises(CombinationError, match=problem):

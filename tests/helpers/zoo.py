@@ -102,6 +102,24 @@ SGD = {"name": "sgd", "lr": 0.1, "weight_decay": 0.01, "args": {"momentum": 0.9,
 CLIP = 0.5
 
 
+class Normalised(torch.optim.Optimizer):
+    """An update that depends on the whole parameter: its gradient by its norm."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(p.grad / (p.grad.norm() + 0.01), alpha=-group["lr"])
+
+
+NORMALISED = {"name": f"{__name__}:Normalised", "lr": 0.02, "weight_decay": 0.1}
+
+
 def lr_factor(step: int) -> float:
     return 0.5 + 0.5 * math.cos(step / 7)
 
@@ -121,8 +139,8 @@ def plain_loop(
         }
         for n, p in named
     ]
-    cls = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optim["name"]]
-    optimizer = cls(groups, **optim.get("args", {}))
+    cls = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}.get(optim["name"], Normalised)
+    optimizer = cls(groups, lr=optim["lr"], **optim.get("args", {}))
     rates = [group["lr"] for group in groups]
     seen = []
     for step in range(start, start + steps):

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 TASKS = '''
 import os, signal, time
 import torch
+from bigtrain.errors import DataError
 from bigtrain.tasks.classification import Classification
 
 RANK = int(os.environ.get("RANK", 0))
@@ -60,6 +61,12 @@ class Failing(Classification):
     def works(self, batch):
         pass
 
+    def check(self, model, batch):
+        if self.how == "refuses" and RANK == self.rank:
+            time.sleep(1)
+            raise DataError("planted on rank 1")
+        super().check(model, batch)
+
     def sleeps(self, batch):
         time.sleep(600)
 '''
@@ -85,10 +92,11 @@ def run_file(folder: Path, task: Any = "classification", **changes: Any) -> Path
     return path
 
 
-def launch(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def launch(path: Path, *arguments: str, debug: bool = False) -> subprocess.CompletedProcess[str]:
     """Run the command as a user would, in the folder of the run file, and see that nothing is left behind."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "bigtrain", "launch", str(path), "--nproc=2", *arguments]
+    options = ["--debug"] if debug else []
+    command = [sys.executable, "-m", "bigtrain", *options, "launch", str(path), "--nproc=2", *arguments]
     done = subprocess.run(
         command, cwd=path.parent, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
@@ -199,15 +207,26 @@ def test_ctrl_c_stops_all_ranks_at_a_step_boundary(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_users_error_creates_nothing(tmp_path: Path) -> None:
-    done = launch(run_file(tmp_path, model={"name": "bigmodl"}))
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_users_error_creates_nothing(tmp_path: Path, debug: bool) -> None:
+    done = launch(run_file(tmp_path, model={"name": "bigmodl"}), debug=debug)
     assert done.returncode == 2
     assert "bigmodel" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert ("Traceback" in done.stderr) == debug
     assert not (tmp_path / "runs").exists()
 
 
-def test_plan_shares_cores_and_refuses_what_cannot_be() -> None:
+@pytest.mark.slow
+def test_an_error_that_one_rank_alone_finds_creates_nothing(tmp_path: Path) -> None:
+    """Rank 0 must not begin while rank 1 is still looking at its first samples."""
+    done = launch(run_file(tmp_path, failing("refuses"), engine={"name": "fsdp"}))
+    assert done.returncode == 2
+    assert "planted on rank 1" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_plan_shares_cores_and_refuses_what_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # what the caller set stays, and would hide the share
     minimal = {"task": "regression", "model": "gpt", "data": "digits", "train": {"steps": 1}}
     minimal["data"] = {"name": "digits"}
     config = from_dict({**minimal, "engine": {"name": "ddp", "device": "cpu"}}).config
