@@ -121,3 +121,16 @@ class HasInitTensor(Protocol):
         Elements must not depend on the shape of the piece nor on each other; draw random numbers from torch's default
         generator, which is seeded for each piece.
         """
+
+
+class SumsCrossEntropy(Protocol):
+    """A language model that can sum its loss itself, so that logits need not be whole."""
+
+    def forward(
+        self, tokens: Tensor, documents: Tensor | None = None, sum_cross_entropy_of: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, T, vocabulary); or, given targets (B, T) int64, the sum of their cross-entropies.
+
+        The sum has shape () and is float32 or better; -100 does not count. It must be computed inside forward: under
+        FSDP2 and ZeRO-3 weights are whole only while their module's forward runs.
+        """

@@ -20,13 +20,15 @@ _OWN = {
     "bigmodel": "bigtrain.models.convnets:BigModel",
     "simple_cnn": "bigtrain.models.convnets:SimpleCNN",
     "gpt": "bigtrain.models.gpt:GPT",
+    "lstm": "bigtrain.models.lstm:LSTM",
 }
-_LATER = ("timm/", "hf/")
+_LATER = "hf/"
 _TORCHVISION = "torchvision/"
+_TIMM = "timm/"
 
 
 def names() -> list[str]:
-    """Every model that has a name of its own: ours, then torchvision's. This imports torchvision."""
+    """The models that need no extra: ours, then torchvision's. This imports torchvision."""
     from bigtrain.models import torchvision_models
 
     return [*_OWN, *(_TORCHVISION + builder for builder in torchvision_models.names())]
@@ -36,18 +38,23 @@ def build(name: str, args: Mapping[str, Any] | None = None) -> nn.Module:
     """Build a model.
 
     Args:
-        name: One of ours, `torchvision/<builder>`, or `package.module:factory`; `factory(**args)` returns a
-            module.
+        name: One of ours, `torchvision/<builder>`, `timm/<model>`, or `package.module:factory`;
+            `factory(**args)` returns a module.
         args: Its arguments.
 
     Raises:
         ModelError: Where there is no such model, an argument does not fit, or no usable module comes out.
+        SetupError: Where the model's library is an extra that is not installed.
     """
     args = dict(args or {})
     if name.startswith(_TORCHVISION):
         from bigtrain.models import torchvision_models
 
         model: object = torchvision_models.build(name.removeprefix(_TORCHVISION), args)
+    elif name.startswith(_TIMM):
+        from bigtrain.models import timm_models
+
+        model = timm_models.build(name.removeprefix(_TIMM), args)
     else:
         factory = load(_find(name), error=ModelError, where="model.name")
         model = call(factory, args, name=name, error=ModelError, where="model.args")
@@ -57,12 +64,12 @@ def build(name: str, args: Mapping[str, Any] | None = None) -> nn.Module:
 def is_fillable(name: str) -> bool:
     """Whether the model answers `init_tensor`, and so can be built without memory and filled piece by piece.
 
-    A class is looked at, and a factory's annotated return type. torchvision's models do not answer.
+    A class is looked at, and a factory's annotated return type. torchvision's and timm's models do not answer.
 
     Raises:
         ModelError: Where there is no such model.
     """
-    if name.startswith(_TORCHVISION):
+    if name.startswith((_TORCHVISION, _TIMM)):
         return False
     factory = load(_find(name), error=ModelError, where="model.name")
     made = factory if isinstance(factory, type) else typing.get_type_hints(factory).get("return")
@@ -75,7 +82,7 @@ def _find(name: str) -> str:
         return name
     if name.startswith(_LATER):
         raise ModelError(
-            f"{name!r}: models of timm and Hugging Face are not available yet",
+            f"{name!r}: models of Hugging Face are not available yet",
             where="model.name",
             remedy="use package.module:factory, with a factory of your own that makes the model",
         )

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from bigtrain.errors import ModelError
@@ -66,6 +66,31 @@ def _outermost_members(module: nn.Module, prefix: str, seen: set[nn.Module]) -> 
 def _could_be_block(module: nn.Module) -> bool:
     has_parts = next(module.children(), None) is not None
     return has_parts and type(module) not in _CONTAINERS and next(module.parameters(), None) is not None
+
+
+def without_shared_parameters(
+    model: nn.Module, blocks: Sequence[nn.Module], ignored: Collection[Tensor] = ()
+) -> list[nn.Module]:
+    """The blocks that share no parameter with another part of the model.
+
+    Args:
+        model: The whole.
+        blocks: Its repeated parts.
+        ignored: Parameters that may be shared.
+    """
+    places = Counter(_parameters_outside(model, set(blocks)))
+    for block in blocks:
+        places.update({*block.parameters()})
+    return [block for block in blocks if all(places[p] == 1 or p in ignored for p in block.parameters())]
+
+
+def _parameters_outside(module: nn.Module, blocks: set[nn.Module]) -> Iterator[nn.Parameter]:
+    """The parameters that are reached without going through a block, each once."""
+    found = set(module.parameters(recurse=False))
+    for child in module.children():
+        if child not in blocks:
+            found.update(_parameters_outside(child, blocks))
+    return iter(found)
 
 
 def norm_and_bias(model: nn.Module) -> set[str]:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bigtrain.errors import ModelError
+from bigtrain.models.checks import check_positive, check_share
+from bigtrain.models.head import Head
 
 
 class Layout(NamedTuple):
@@ -119,7 +121,8 @@ class Attention(nn.Module):
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (self._split(projection(x)) for projection in projections)  # (B, heads, T, head_dim)
         positions, mask = layout or (None, None)
-        q, k = self.rotary(q, positions), self.rotary(k, positions)
+        # Not by call: what an engine hooks to the decoder's tables would cut a compiled block in two.
+        q, k = self.rotary.forward(q, positions), self.rotary.forward(k, positions)
         group = self.heads // self.kv_heads
         if group > 1 and mask is not None:
             # Flash attention takes no mask and the memory-efficient kernel no groups: what is left would
@@ -208,12 +211,12 @@ class GPT(nn.Module):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        _check_positive(vocab=vocab, layers=layers, width=width, heads=heads, context=context)
+        check_positive(vocab=vocab, layers=layers, width=width, heads=heads, context=context)
         kv_heads = heads if kv_heads is None else kv_heads
         hidden = 64 * math.ceil(width * 8 / 3 / 64) if mlp_width is None else mlp_width
-        _check_positive(kv_heads=kv_heads, mlp_width=hidden)
+        check_positive(kv_heads=kv_heads, mlp_width=hidden)
         _check_heads(width, heads, kv_heads)
-        _check_share(dropout=dropout)
+        check_share(dropout=dropout)
         self.vocab, self.num_layers, self.width, self.context = vocab, layers, width, context
         self.rotary = Rotary(width // heads, context, rope_theta)
         self.embed_tokens = nn.Embedding(vocab, width)
@@ -223,13 +226,15 @@ class GPT(nn.Module):
             attention = Attention(width, heads, kv_heads, self.rotary, dropout)
             self.layers.append(Block(attention, FeedForward(width, hidden, dropout), width, norm_eps))
         self.norm = nn.RMSNorm(width, eps=norm_eps)
-        self.lm_head = nn.Linear(width, vocab, bias=False)
+        self.lm_head = Head(width, vocab)
         if tied:
             self.lm_head.weight = self.embed_tokens.weight
         for name, parameter in self.named_parameters():
             self.init_tensor(name, parameter)
 
-    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, documents: Tensor | None = None, sum_cross_entropy_of: Tensor | None = None
+    ) -> Tensor:
         """Logits (B, T, vocab) for the token after each.
 
         Args:
@@ -237,6 +242,8 @@ class GPT(nn.Module):
             documents: (B, T) integers; neighbours with the same number are one document. Tokens attend only
                 within their document, and positions begin anew in each. Without it a sequence is one
                 document.
+            sum_cross_entropy_of: (B, T) int64, the targets; -100 does not count. With it the sum of their
+                cross-entropies, of shape (), is returned; large logits are computed in chunks.
 
         Raises:
             ModelError: Where the sequence is longer than the context.
@@ -251,8 +258,8 @@ class GPT(nn.Module):
         x = self.dropout(self.embed_tokens(tokens))  # (B, T, width)
         for block in self.layers:
             x = block(x, layout)
-        logits: Tensor = self.lm_head(self.norm(x))
-        return logits
+        out: Tensor = self.lm_head(self.norm(x), sum_cross_entropy_of)
+        return out
 
     def blocks(self) -> Sequence[nn.Module]:
         """The decoder's blocks, in order."""
@@ -285,20 +292,6 @@ class GPT(nn.Module):
     def reset_buffers(self) -> None:
         """Compute the rotary tables anew, where buffers got memory by other ways than `to` and `to_empty`."""
         self.rotary.reset()
-
-
-def _check_positive(**sizes: object) -> None:
-    for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            where = f"model.args.{name}"
-            raise ModelError(f"{name} is {size!r}", where=where, remedy="give a whole number of at least 1")
-
-
-def _check_share(**shares: object) -> None:
-    for name, share in shares.items():
-        if not isinstance(share, int | float) or not 0 <= share < 1:
-            remedy = "give a share: 0 or more, and less than 1"
-            raise ModelError(f"{name} is {share!r}", where=f"model.args.{name}", remedy=remedy)
 
 
 def _check_heads(width: int, heads: int, kv_heads: int) -> None:

@@ -30,11 +30,14 @@ class CausalLM:
       `documents`, to keep them apart, and a target in another document than the token before it does not
       count.
 
-    The model returns logits (B, T, vocabulary).
+    The model returns logits (B, T, vocabulary). Where its `forward` takes `sum_cross_entropy_of`, it is asked for the
+    sum itself once `check` ran, so that it need not hold all logits at once.
     """
 
     def __init__(self) -> None:
-        self._vocab: int | None = None  # of the model; known once `check` ran
+        # Of the model, known once `check` ran: an engine's wrapper hides what `forward` takes.
+        self._vocab: int | None = None
+        self._model_sums = False
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
         """The sum of the cross-entropies of all targets that count, and their number.
@@ -64,15 +67,14 @@ class CausalLM:
         return result._replace(total=torch.where((known == tokens).all(), result.total, math.nan))
 
     def _sums(self, model: nn.Module, tokens: Tensor, batch: Batch) -> LossSum:
-        logits = outputs(model(tokens[:, :-1], **_documents(batch.data)))  # (B, T, V)
-        targets = _targets(batch.data, tokens)  # (B, T)
-        if logits.ndim != 3 or logits.shape[:2] != targets.shape:
-            raise mismatch(logits, targets)
-        logits = at_least_fp32(valid_part(logits, batch)).flatten(0, 1)  # (n · T, V)
-        targets = valid_part(targets, batch).flatten()  # (n · T,)
-        total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        inputs, documents, targets = tokens[:, :-1], _documents(batch.data), _targets(batch.data, tokens)  # (B, T)
+        if self._model_sums:
+            total = outputs(model(inputs, **documents, sum_cross_entropy_of=_without_fillers(targets, batch)))
+            counted = valid_part(targets, batch)
+        else:
+            total, counted = _cross_entropy(outputs(model(inputs, **documents)), targets, batch)
         all_count = batch.data.keys() == {"tokens"}
-        return LossSum(total, float(len(targets)) if all_count else (targets != IGNORED).sum())
+        return LossSum(total, float(counted.numel()) if all_count else (counted != IGNORED).sum())
 
     def metrics(self) -> CausalLMMetrics:
         """A fresh accumulator for one evaluation."""
@@ -88,7 +90,7 @@ class CausalLM:
         """
         _check_data(batch)
         documents = _documents(batch.data)
-        if documents and not _takes_documents(model):
+        if documents and not _takes(model, "documents", by_keywords=True):
             raise CombinationError(
                 f"the data keep documents apart, and {type(model).__name__}.forward takes no `documents`",
                 where="data.args.attend_across_documents",
@@ -96,14 +98,20 @@ class CausalLM:
             )
         tokens = batch.data["tokens"]
         # Zeros, because what is to be found out is which tokens the model knows.
-        logits = outputs(try_on(model, torch.zeros_like(tokens[:, :-1]), **documents))
-        if logits.ndim != 3 or logits.shape[:2] != tokens[:, :-1].shape:
+        inputs = torch.zeros_like(tokens[:, :-1])
+        sums = _takes(model, "sum_cross_entropy_of")
+        if sums:
+            _check_sum(try_on(model, inputs, **documents, sum_cross_entropy_of=inputs))
+            # One token tells the vocabulary, and logits of all would be what such a model avoids.
+            inputs, documents = inputs[:1, :1], {name: part[:1, :1] for name, part in documents.items()}
+        logits = outputs(try_on(model, inputs, **documents))
+        if logits.ndim != 3 or logits.shape[:2] != inputs.shape:
             raise ModelError(
-                f"the model returns {describe(logits)} for tokens {describe(tokens[:, :-1])}",
+                f"the model returns {describe(logits)} for tokens {describe(inputs)}",
                 where="model",
                 remedy="return logits (samples, tokens, vocabulary)",
             )
-        self._vocab = logits.shape[2]
+        self._vocab, self._model_sums = logits.shape[2], sums
         self._check_tokens(tokens, batch)
 
     def _check_tokens(self, tokens: Tensor, batch: Batch) -> None:
@@ -131,9 +139,37 @@ def _targets(data: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
     return targets.masked_fill(documents[:, 1:] != documents[:, :-1], IGNORED)
 
 
-def _takes_documents(model: nn.Module) -> bool:
+def _without_fillers(targets: Tensor, batch: Batch) -> Tensor:
+    """Targets (B, T), of which those of samples that only fill up do not count."""
+    if batch.num_valid == len(targets):
+        return targets
+    counted = targets.clone()
+    counted[batch.num_valid :] = IGNORED
+    return counted
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The sum over the samples that count, and their targets (n · T,)."""
+    if logits.ndim != 3 or logits.shape[:2] != targets.shape:
+        raise mismatch(logits, targets)
+    logits = at_least_fp32(valid_part(logits, batch)).flatten(0, 1)  # (n · T, V)
+    targets = valid_part(targets, batch).flatten()
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum"), targets
+
+
+def _takes(model: nn.Module, name: str, *, by_keywords: bool = False) -> bool:
+    """Whether a model's forward has this argument, or, if that is enough, takes any keyword."""
     parameters = inspect.signature(model.forward).parameters
-    return "documents" in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    return name in parameters or (by_keywords and any(p.kind == p.VAR_KEYWORD for p in parameters.values()))
+
+
+def _check_sum(answer: Any) -> None:
+    if not isinstance(answer, Tensor) or answer.ndim:
+        raise ModelError(
+            f"the model returns {describe(answer)} when it is asked for a sum of cross-entropies",
+            where="model",
+            remedy="let forward(…, sum_cross_entropy_of=targets) return a tensor of shape ()",
+        )
 
 
 def _check_data(batch: Batch) -> None:

@@ -122,6 +122,92 @@ def test_sums_are_float64_whatever_the_losses_are():
     assert metrics.compute()["loss"] == 2.0**24 + 2 + 0.125
 
 
+# ------------------------------------------------------------------------ models that sum the losses themselves
+
+
+class Recorded(nn.Module):
+    """A model of ours that keeps what it was asked for, and what it answered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.calls = make_model(), []
+
+    def forward(
+        self, tokens: Tensor, documents: Tensor | None = None, sum_cross_entropy_of: Tensor | None = None
+    ) -> Tensor:
+        answer = self.inner(tokens, documents, sum_cross_entropy_of)
+        self.calls.append((tokens, sum_cross_entropy_of, answer))
+        return answer
+
+
+def checked_task(model: nn.Module, batch: Batch) -> CausalLM:
+    task = CausalLM()
+    task.check(model, batch)
+    return task
+
+
+OWN_TARGETS = torch.where(torch.arange(6) % 3 == 1, -100, torch.arange(24).view(4, 6) % VOCAB)
+
+
+@pytest.mark.parametrize("num_valid", [4, 3, 0])
+@pytest.mark.parametrize("others", [{}, {"documents": DOCUMENTS}, {"targets": OWN_TARGETS}])
+def test_the_sum_of_the_model_is_that_of_its_logits(others, num_valid):
+    model, batch = Recorded(), make_batch(make_data(**others), num_valid)
+    task = checked_task(model, batch)
+    model.calls.clear()
+    before = batch.data["tokens"].clone(), others.get("targets", torch.empty(0)).clone()
+    by_model, by_logits = task.loss(model, batch), CausalLM().loss(model.inner, batch)
+    (_, asked, answer) = model.calls[0]
+    assert answer.shape == ()
+    assert (asked[num_valid:] == -100).all()
+    assert by_model.count == by_logits.count == (asked != -100).sum()
+    assert by_model.total.item() == pytest.approx(by_logits.total.item(), rel=1e-12)
+    ours, theirs = (torch.autograd.grad(r.total, list(model.parameters())) for r in (by_model, by_logits))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-14)
+    assert torch.equal(before[0], batch.data["tokens"])  # fillers are marked in a copy
+    assert torch.equal(before[1], others.get("targets", torch.empty(0)))
+
+
+def test_check_asks_such_a_model_for_the_logits_of_one_token_only():
+    model = Recorded()
+    task = checked_task(model, make_batch(make_data(documents=DOCUMENTS)))
+    assert [answer.shape for _, _, answer in model.calls] == [(), (1, 1, VOCAB)]
+    assert model.calls[0][0].shape == (4, 6)  # all of it fits
+    data = make_data()
+    data["tokens"][2, 6] = VOCAB
+    with pytest.raises(DataError, match=f"token {VOCAB} of sample 20 of the dataset is outside"):
+        task.loss(model, make_batch(data))
+
+
+def test_a_wrapper_that_hides_the_arguments_of_forward_changes_nothing():
+    class Wrapper(nn.Module):  # as DistributedDataParallel's and DeepSpeed's
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+            return self.module(*inputs, **named)
+
+    model, batch = Recorded(), make_batch(make_data())
+    task = checked_task(model, batch)
+    model.calls.clear()
+    task.loss(Wrapper(model), batch)
+    assert [answer.shape for _, _, answer in model.calls] == [()]
+    model.calls.clear()
+    checked_task(Wrapper(model), batch).loss(Wrapper(model), batch)  # takes any keyword, which says nothing
+    assert model.calls[-1][2].shape == (4, 6, VOCAB)
+
+
+def test_a_sum_that_is_none():
+    class Mean(nn.Module):
+        def forward(self, tokens: Tensor, sum_cross_entropy_of: Tensor | None = None) -> Tensor:
+            return torch.zeros(*tokens.shape) if sum_cross_entropy_of is not None else torch.zeros(*tokens.shape, VOCAB)
+
+    with pytest.raises(ModelError, match=r"returns float32\[4, 6\] when it is asked for a sum"):
+        CausalLM().check(Mean(), make_batch(make_data()))
+
+
 # ----------------------------------------------------------------------------------------------------- check
 
 
