@@ -280,7 +280,9 @@ class Loop:
 
     def _raise_if(self, seen: Any) -> None:
         if seen is not None:
-            raise explain(seen, self._world, self._engine.model, self._task)
+            with self._engine.microbatch(last=False):
+                error = explain(seen, self._world, self._engine.model, self._task)
+            raise error
 
 
 def _numbers(result: StepResult) -> tuple[float, float]:

@@ -69,16 +69,19 @@ class OptimizerPlan:
         Raises:
             UserError: Where the class refuses the value of an argument.
         """
-        param_groups = [
-            {"params": [tensors[n] for n in g.names], **g.hyper, "names": g.names, "base_lr": g.hyper["lr"]}
-            for g in self.groups
-        ]
         fused: dict[str, Any] = {"fused": True} if self.fusable else {}
         try:
-            return self.cls(param_groups, **self.args, **fused)
+            return self.cls(self.param_groups(tensors), **self.args, **fused)
         except (TypeError, ValueError, RuntimeError) as cause:
             given = ", ".join(f"{name}={value!r}" for name, value in self.args.items())
             raise UserError(f"{self.cls.__name__} refuses {given}: {cause}", where="optim") from cause
+
+    def param_groups(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        """The groups as an optimizer takes them, each with its parameters' names and its own rate besides."""
+        return [
+            {"params": [tensors[n] for n in g.names], **g.hyper, "names": g.names, "base_lr": g.hyper["lr"]}
+            for g in self.groups
+        ]
 
 
 def plan_optimizer(model: nn.Module, config: schema.Optim) -> OptimizerPlan:

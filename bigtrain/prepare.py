@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,11 +21,13 @@ import xxhash
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from bigtrain.errors import CombinationError
+from bigtrain.errors import CombinationError, SetupError
 from bigtrain.models.blocks import batchnorm_over_batch, find_blocks
 from bigtrain.state import BUFFER, WEIGHT, Piece, whole
 
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+# What parameters, buffers and inputs are kept in, and what forward and backward compute in where that is another.
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+COMPUTE_DTYPES = {"bf16": torch.bfloat16}
 
 _aten = torch.ops.aten
 # What selective activation checkpointing keeps: results that cost much more to compute again than to hold.
@@ -139,6 +142,36 @@ def checkpoint_activations(blocks: Sequence[nn.Module], recompute: str | int) ->
         settings["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_expensive)
     for block in blocks[:: recompute if isinstance(recompute, int) else 1]:
         block.forward = partial(checkpoint, block.forward, **settings)
+
+
+def compile_forward(modules: Sequence[nn.Module], *, fullgraph: bool) -> None:
+    """Let torch.compile have the forward of each module, for shapes that never change.
+
+    It comes after activation checkpointing, which it then sees through, and before an engine's hooks, which it
+    leaves outside. Blocks of one class share one graph. Nothing is compiled before the first call.
+
+    Args:
+        modules: The blocks, or the whole model.
+        fullgraph: Whether an untraceable part is an error.
+
+    Raises:
+        SetupError: Where there is no C++ compiler, which torch.compile needs on a CPU and beside a GPU.
+        CombinationError: Where there is nothing to compile.
+    """
+    if not modules:
+        raise CombinationError(
+            "the model has no repeated blocks to compile",
+            where="compile",
+            remedy="set compile=model, or let the model answer blocks()",
+        )
+    if shutil.which("g++") is None and shutil.which("c++") is None:
+        raise SetupError(
+            "torch.compile needs a C++ compiler, and there is none",
+            where="compile",
+            remedy="install one (apt install g++), or set compile=none",
+        )
+    for module in modules:
+        module.forward = torch.compile(module.forward, fullgraph=fullgraph, dynamic=False)
 
 
 def _keep_expensive(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -6,7 +6,8 @@ and tests share this vocabulary, and it knows none of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -35,6 +36,42 @@ def whole(shape: Iterable[int]) -> Box:
     """The box that is the whole tensor."""
     size = tuple(shape)
     return Box((0,) * len(size), size)
+
+
+def boxes_of_slice(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[Box, int]]:
+    """Cut a slice of a flattened, row-major tensor into boxes, in order.
+
+    The rest of the first row, the whole rows between, the start of the last one; and so on inward.
+
+    Args:
+        shape: The tensor's shape.
+        start: The slice's first element.
+        stop: The one after its last.
+
+    Yields:
+        Each box, and the position of its first element in the flattened tensor.
+    """
+    if start >= stop:
+        return
+    if not shape:
+        yield Box((), ()), 0
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row  # the whole rows
+    if first > last:  # within one row
+        yield from _within_row(shape, last, start, stop)
+        return
+    yield from _within_row(shape, first - 1, start, first * row)
+    if first < last:
+        rest = shape[1:]
+        yield Box((first, *(0 for _ in rest)), (last - first, *rest)), first * row
+    yield from _within_row(shape, last, last * row, stop)
+
+
+def _within_row(shape: tuple[int, ...], index: int, start: int, stop: int) -> Iterator[tuple[Box, int]]:
+    before = index * math.prod(shape[1:])
+    for box, position in boxes_of_slice(shape[1:], start - before, stop - before):
+        yield Box((index, *box.offset), (1, *box.size)), before + position
 
 
 @dataclass(frozen=True, slots=True)

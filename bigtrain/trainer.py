@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+import torch._dynamo
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -16,11 +19,13 @@ from bigtrain.config.schema import Config
 from bigtrain.data import EvalLoader, TrainLoader
 from bigtrain.dist import World
 from bigtrain.engines import Choices, Engine
-from bigtrain.errors import DataError, ModelError
+from bigtrain.engines.base import Zero
+from bigtrain.errors import CombinationError, DataError, ModelError
 from bigtrain.finetune.freeze import freeze_parameters
 from bigtrain.loop import Cadence, Hook, Loop, Tracker, moved
+from bigtrain.models.blocks import without_shared_parameters
 from bigtrain.optim import OptimizerPlan, Schedule, make_schedule, plan_optimizer
-from bigtrain.prepare import DTYPES, Prepared, prepare, seed_everything
+from bigtrain.prepare import COMPUTE_DTYPES, DTYPES, Prepared, compile_forward, prepare, seed_everything
 from bigtrain.protocols import Batch, Dataset, Task
 
 # How many samples of the first microbatch are tried on the model before the first step.
@@ -116,7 +121,9 @@ def assemble(
         adapt(prepared.model)
     _try_first_batch(config, task, prepared.model, sets, world)
     plan = plan_optimizer(prepared.model, config.optim)
-    engine = engines.build(name, prepared.model, prepared.blocks, plan, world, _choices(config, prepared))
+    compiled = _compile(config, name, prepared)
+    choices = _choices(config, prepared, compiled)
+    engine = engines.build(name, prepared.model, prepared.blocks, plan, world, choices)
     cadence = _cadence(config, train.steps_per_epoch)
     schedule = make_schedule(
         config.optim.schedule, total_steps=cadence.total_steps, steps_per_epoch=train.steps_per_epoch
@@ -124,7 +131,10 @@ def assemble(
     # From here on random numbers are each rank's own: dropout must differ between ranks.
     seed_everything(config.run.seed + world.rank)
     choice = f"engine {name} ({why})"
-    return Training(config, world, task, prepared.model, engine, plan, schedule, train, evaluation, cadence, choice)
+    training = Training(config, world, task, prepared.model, engine, plan, schedule, train, evaluation, cadence, choice)
+    if config.compile.scope != "none":
+        _try_compiled(training, compiled)
+    return training
 
 
 def build_task(config: Config, subject: Subject = Subject()) -> Task:
@@ -181,6 +191,57 @@ def _recompute(config: Config) -> str | int:
     return wanted if isinstance(wanted, str) else wanted.every
 
 
+def _compile(config: Config, engine: str, prepared: Prepared) -> list[nn.Module]:
+    """Give forwards to torch.compile; returns the blocks whose forward it has."""
+    scope = config.compile.scope
+    if scope == "none":
+        return []
+    is_stage_3 = engine == "deepspeed" and config.engine.deepspeed.stage == 3
+    if scope == "model":
+        # These put hooks inside the model, which no graph can hold: fsdp around blocks, stage 3 around every module.
+        has_hooks = engine == "fsdp" or is_stage_3
+        compile_forward([prepared.model], fullgraph=config.compile.fullgraph and not has_hooks)
+        return []
+    blocks = prepared.blocks
+    if is_stage_3:  # which gathers a compiled block as one, and a parameter in one of them alone
+        blocks = without_shared_parameters(prepared.model, blocks)
+    compile_forward(blocks, fullgraph=config.compile.fullgraph)
+    return list(blocks)
+
+
+def _try_compiled(training: Training, blocks: Sequence[nn.Module]) -> None:
+    """Trace the model by an evaluation of one batch, so that what cannot be compiled is known before the first step.
+
+    Raises:
+        CombinationError: Where it cannot be traced, or a block cannot be gathered as one.
+    """
+    evaluation = training.evaluation
+    batch = next(iter(evaluation)) if evaluation else next(training.train.steps()).microbatches[0]
+    calls = Counter[nn.Module]()
+    handles = [block.register_forward_pre_hook(lambda block, args: calls.update([block])) for block in blocks]
+    try:
+        with training.engine.evaluating():
+            training.task.loss(training.engine.model, training.move(batch))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CombinationError(
+            f"the model cannot be compiled as one graph: {reason}",
+            where="compile",
+            remedy="set compile={scope: blocks, fullgraph: false}, which runs such parts as they are; or compile=none",
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    twice = [type(block).__name__ for block, count in calls.items() if count > 1]
+    if twice and training.config.engine.deepspeed.stage == 3 and training.engine.name == "deepspeed":
+        raise CombinationError(
+            f"a {twice[0]} runs {max(calls.values())} times in one forward, and DeepSpeed's stage 3 sums the gradients "
+            "of a compiled block after the first",
+            where="compile",
+            remedy="set compile=none, engine.deepspeed.stage=2, or engine.name=fsdp",
+        )
+
+
 def _given(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
     made = model() if callable(model) and not isinstance(model, nn.Module) else model
     if not isinstance(made, nn.Module):
@@ -196,14 +257,23 @@ def _given(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
     return made
 
 
-def _choices(config: Config, prepared: Prepared) -> Choices:
-    fsdp = config.engine.fsdp
+def _choices(config: Config, prepared: Prepared, compiled: Sequence[nn.Module]) -> Choices:
+    fsdp, deepspeed = config.engine.fsdp, config.engine.deepspeed
     return Choices(
         clip_grad_norm=config.optim.clip_grad_norm,
         shard_size=fsdp.shard_size,
         reshard_after_forward=fsdp.reshard_after_forward,
         cpu_offload=fsdp.cpu_offload,
         fill=prepared.fill,
+        compute_dtype=COMPUTE_DTYPES.get(config.precision),
+        recomputes=_recompute(config) != "none",
+        compiled_blocks=compiled,
+        zero=Zero(
+            stage=deepspeed.stage,
+            offload_optimizer=deepspeed.offload_optimizer == "cpu",
+            offload_params=deepspeed.offload_params == "cpu",
+            extra=deepspeed.extra,
+        ),
     )
 
 
@@ -214,6 +284,7 @@ def _loaders(config: Config, sets: data_layer.DataSets, world: World) -> tuple[T
         "rank": world.rank,
         "world_size": world.size,
         "workers": data.workers,
+        "static_shapes": config.compile.scope != "none",
     }
     train = TrainLoader(sets.train, micro_batch_size=config.train.micro_batch_size, seed=config.run.seed, **shared)
     if sets.eval is None:

@@ -168,7 +168,10 @@ def kind_of(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return " | ".join(kind_of(arg) for arg in args)
     if isinstance(annotation, type) and issubclass(annotation, Section):
         shape = "{" + ", ".join(annotation.model_fields) + "}"
-        return f"{annotation.shorthand} | {shape}" if annotation.shorthand else shape
+        if not annotation.shorthand:
+            return shape
+        word = annotation.model_fields[annotation.shorthand].annotation
+        return f"{kind_of(word) if get_origin(word) is Literal else annotation.shorthand} | {shape}"
     return _WORDS.get(annotation, str(annotation)) + _bounds(metadata)
 
 

@@ -34,25 +34,23 @@ class Fsdp(Section):
 class DeepSpeed(Section):
     """What only the deepspeed engine reads."""
 
-    stage: Annotated[Literal[0, 1, 2, 3], Available(3)] = 3
-    """The ZeRO stage, which says what is cut up over the ranks."""
+    stage: Literal[0, 1, 2, 3] = 3
+    """What is cut up over the ranks: 1 the optimizer's state, 2 gradients as well, 3 weights as well; 0 nothing."""
 
-    offload_optimizer: Annotated[Literal["none", "cpu", "nvme"], Available("none")] = "none"
-    """Where the optimizer's state is kept instead of device memory."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where the optimizer's state and the master weights are kept and updated instead of device memory."""
 
-    offload_params: Annotated[Literal["none", "cpu", "nvme"], Available("none")] = "none"
-    """Where parameters are kept instead of device memory, in stage 3."""
+    offload_params: Literal["none", "cpu"] = "none"
+    """Where the weights are kept instead of device memory, in stage 3."""
 
-    extra: Annotated[dict[str, Any], Available({})] = Field(default_factory=dict)
+    extra: dict[str, Any] = Field(default_factory=dict)
     """Further keys of DeepSpeed's own configuration; one that bigtrain sets itself is an error."""
 
 
 class Engine(Section):
     """What spreads the training over processes, and on which devices."""
 
-    name: Annotated[
-        Literal["auto", "single", "ddp", "fsdp", "deepspeed"], Available("auto", "single", "ddp", "fsdp")
-    ] = "auto"
+    name: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"
     """What spreads the training over processes; auto picks one and says why."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -63,6 +61,18 @@ class Engine(Section):
 
     deepspeed: DeepSpeed = Field(default_factory=DeepSpeed)
     """What only the deepspeed engine reads."""
+
+
+class Compile(Section):
+    """What torch.compile compiles."""
+
+    shorthand = "scope"
+
+    scope: Literal["none", "blocks", "model"] = "none"
+    """none; blocks: each of the model's repeated parts, soon done; model: the whole, which takes longer."""
+
+    fullgraph: bool = True
+    """Refuse a model that cannot be traced as one graph; false: run the rest of it as it is."""
 
 
 class EveryBlocks(Section):

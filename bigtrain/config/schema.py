@@ -13,6 +13,7 @@ from pydantic import Field
 from bigtrain.config.fields import Available, Named, Section
 from bigtrain.config.operation import (
     Checkpoint,
+    Compile,
     DeepSpeed,
     Engine,
     Eval,
@@ -39,6 +40,7 @@ from bigtrain.config.training import (
 
 __all__ = [
     "Checkpoint",
+    "Compile",
     "Config",
     "Data",
     "DeepSpeed",
@@ -89,11 +91,11 @@ class Config(Section):
     engine: Engine = Field(default_factory=Engine)
     """What spreads the training over processes."""
 
-    precision: Annotated[Literal["fp32", "bf16", "fp64"], Available("fp32", "fp64")] = "fp32"
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """The numbers of forward and backward; bf16 keeps its master weights in fp32, and fp64 is for proofs."""
 
-    compile: Annotated[Literal["none", "blocks", "model"], Available("none")] = "none"
-    """What torch.compile compiles: nothing, each block, or the whole model."""
+    compile: Compile = Field(default_factory=Compile)
+    """What torch.compile compiles: none, blocks, model, or {scope, fullgraph}."""
 
     activation_checkpointing: Literal["none", "full", "ops"] | EveryBlocks = "none"
     """Which activations are computed again in the backward pass; {every: 2}: those of every second block."""

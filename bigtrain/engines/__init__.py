@@ -13,7 +13,7 @@ from bigtrain.optim import OptimizerPlan
 
 __all__ = ["Choices", "Engine", "StepResult", "build", "choose", "needs_group", "shards"]
 
-NAMES = ("single", "ddp", "fsdp")
+NAMES = ("single", "ddp", "fsdp", "deepspeed")
 
 
 def choose(name: str, num_processes: int) -> tuple[str, str]:
@@ -44,6 +44,12 @@ def build(
     choices: Choices,
 ) -> Engine:
     """Build an engine around a prepared model. Every rank must call it."""
+    if name == "deepspeed":
+        from bigtrain.engines import deepspeed_config
+        from bigtrain.engines.deepspeed import StageZeroEngine, ZeroEngine
+
+        deepspeed_config.check(model, plan, choices)
+        return (ZeroEngine if choices.zero.stage else StageZeroEngine)(model, plan, world, choices)
     if name == "single":
         from bigtrain.engines.single import SingleEngine
 

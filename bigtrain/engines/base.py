@@ -7,10 +7,10 @@ engine's own layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,12 @@ from torch.nn.utils import get_total_norm
 
 from bigtrain.dist import World
 from bigtrain.engines import slots
+from bigtrain.engines.casting import Casting
 from bigtrain.engines.sums import DeviceSums, HostSums, StepResult
-from bigtrain.errors import UserError
+from bigtrain.errors import CombinationError, UserError
 from bigtrain.optim import OptimizerPlan
 from bigtrain.protocols import LossSum
-from bigtrain.state import BUFFER, WEIGHT, Box, EngineState, Piece, Reader, whole
+from bigtrain.state import BUFFER, WEIGHT, Box, EngineState, Piece, Reader, TensorSpec, whole
 
 # Elements whose norm on the host is exact enough in float32: measured, 65,536 give 1e-7.
 _NORM_CHUNK = 1 << 16
@@ -67,6 +68,23 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True)
+class Zero:
+    """What the run file says to DeepSpeed.
+
+    Attributes:
+        stage: What is cut up over the ranks: 1 the optimizer's state, 2 gradients as well, 3 weights as well.
+        offload_optimizer: Keep the optimizer's state and the master weights on the host, and update there.
+        offload_params: Keep weights on the host, in stage 3.
+        extra: Further keys of DeepSpeed's own configuration.
+    """
+
+    stage: int = 3
+    offload_optimizer: bool = False
+    offload_params: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Choices:
     """What the run file says to an engine.
 
@@ -76,6 +94,10 @@ class Choices:
         reshard_after_forward: Give back a block's gathered parameters between forward and backward.
         cpu_offload: Keep shards on the host.
         fill: Gives initial values to the pieces of a model that was built on the meta device.
+        compute_dtype: What forward and backward compute in, where that is not the parameters' own.
+        zero: What only the deepspeed engine reads.
+        compiled_blocks: Blocks whose forward torch.compile has: no hook may be put inside.
+        recomputes: Whether activations are computed again in backward.
     """
 
     clip_grad_norm: float | None = None
@@ -83,6 +105,10 @@ class Choices:
     reshard_after_forward: bool = True
     cpu_offload: bool = False
     fill: Fill | None = None
+    compute_dtype: torch.dtype | None = None
+    zero: Zero = field(default_factory=Zero)
+    compiled_blocks: Sequence[nn.Module] = ()
+    recomputes: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,6 +158,9 @@ class TorchEngine:
         self._buffers = {name: self._held(b, i) for i, (name, b) in enumerate(persistent_buffers(plain).items())}
         if choices.fill:
             choices.fill(self.weight_pieces())
+        self._casting: Casting | None = None
+        if choices.compute_dtype is not None:
+            self._casting = Casting(plain, choices.compute_dtype, self._parameters_to_cast())
         self._trained = [name for group in plan.groups for name in group.names]
         self._updated = self._tensors_to_update(plan)
         self._optimizer = plan.build(self._updated)
@@ -151,6 +180,10 @@ class TorchEngine:
     def _held(self, tensor: Tensor, position: int) -> Held:
         """Where the parts of a tensor lie; replicated tensors are owned in turn, to spread the writing of them."""
         return Held(tensor, tuple(tensor.shape), whole(tensor.shape), position % self._world.size == self._world.rank)
+
+    def _parameters_to_cast(self) -> list[Tensor]:
+        """The parameters of which copies are computed with."""
+        return [held.tensor for held in self._weights.values()]
 
     def _tensors_to_update(self, plan: OptimizerPlan) -> dict[str, Tensor]:
         """The tensors the optimizer sees, by name."""
@@ -173,10 +206,15 @@ class TorchEngine:
         """Add up over ranks: squared norm, loss, count."""
         return sums
 
-    @contextmanager
-    def microbatch(self, *, last: bool) -> Iterator[None]:
-        """Around forward and backward of one microbatch."""
-        yield
+    def _communicating(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward of one microbatch: what is sent, and when."""
+        return nullcontext()
+
+    def _run_backward(self, total: Tensor) -> None:
+        total.backward()  # type: ignore[no-untyped-call]
+
+    def _run_optimizer(self) -> None:
+        self._optimizer.step()
 
     def _zero(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
@@ -186,15 +224,18 @@ class TorchEngine:
 
     # ---- the contract ----------
 
+    @contextmanager
+    def microbatch(self, *, last: bool) -> Iterator[None]:
+        """Around forward and backward of one microbatch."""
+        with self._communicating(last=last), self._copies():
+            yield
+
+    def _copies(self) -> AbstractContextManager[None]:
+        return self._casting.copies() if self._casting else nullcontext()
+
     def backward(self, result: LossSum) -> None:
         """Add the gradient of this microbatch's sum of losses, and the sum itself, to the step's."""
-        if not isinstance(result, LossSum):
-            raise UserError(
-                f"the task's loss returned {type(result).__name__}",
-                where="task",
-                remedy="return LossSum(total, count): the sum of the losses, not their mean, and how many there are",
-            )
-        result.total.backward()  # type: ignore[no-untyped-call]
+        self._run_backward(checked(result).total)
         self._sums.add(result)
 
     @torch.no_grad()
@@ -220,14 +261,14 @@ class TorchEngine:
             torch._foreach_div_(gradients, divisor)
         else:
             torch._foreach_div_(gradients, divisor.to(gradients[0].device))
-        self._optimizer.step()
+        self._run_optimizer()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode without gradients."""
         self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._copies():
                 yield
         finally:
             self.model.train()
@@ -245,7 +286,7 @@ class TorchEngine:
     def load(self, reader: Reader) -> None:
         """Fill the pieces in place."""
         weights = self.weight_pieces()
-        slots.check(reader, weights, set(self._trained))
+        slots.check(reader, {p.key: TensorSpec(p.shape, p.dtype) for p in weights}, self._trained)
         for piece in weights:
             reader.read_into(piece.kind, piece.name, piece.box, piece.data)
         for name in self._trained:
@@ -254,6 +295,8 @@ class TorchEngine:
 
     def close(self) -> None:
         """Let go of everything."""
+        if self._casting:
+            self._casting.remove()
         self._optimizer.state.clear()
         self._optimizer.param_groups.clear()
         for attribute in ("model", "_plain", "_weights", "_buffers", "_updated"):
@@ -267,6 +310,31 @@ class TorchEngine:
     def _piece(self, name: str, kind: str, held: Held) -> Piece:
         local = held.local.detach()
         return Piece(name, kind, held.shape, local.dtype, held.box, local, held.is_owner)
+
+
+def checked(result: LossSum) -> LossSum:
+    """What a task's loss returned, if it is what it must be.
+
+    Raises:
+        UserError: Where it is not.
+    """
+    if isinstance(result, LossSum):
+        return result
+    raise UserError(
+        f"the task's loss returned {type(result).__name__}",
+        where="task",
+        remedy="return LossSum(total, count): the sum of the losses, not their mean, and how many there are",
+    )
+
+
+def take_no_part(engine: str, names: Sequence[str]) -> CombinationError:
+    """The error for trained parameters without a gradient, which an engine cannot leave alone."""
+    shown = ", ".join(names[:5]) + (f" … ({len(names)} in all)" if len(names) > 5 else "")
+    return CombinationError(
+        f"the engine {engine} needs a gradient of every trained parameter, and these take no part in the loss: {shown}",
+        where="model",
+        remedy="if they never do, freeze them (finetune.freeze): the results stay the same; or set engine.name to fsdp",
+    )
 
 
 def _in_chunks(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -4,8 +4,7 @@ Annotations are not postponed in this module: torch compares those of a communic
 """
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,8 +14,7 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from bigtrain.dist import World
-from bigtrain.engines.base import Choices, TorchEngine
-from bigtrain.errors import CombinationError
+from bigtrain.engines.base import Choices, TorchEngine, take_no_part
 from bigtrain.optim import OptimizerPlan
 
 # torch 2.15 renames the switch, and warns about the old name.
@@ -42,38 +40,22 @@ class DDPEngine(TorchEngine):
         wrapped.register_comm_hook(world.group, _sum_bucket)
         super().__init__(model, wrapped, plan, world, choices)
 
-    @contextmanager
-    def microbatch(self, *, last: bool) -> Iterator[None]:
-        """Sum the gradients over ranks in the last microbatch only."""
-        if last:
-            yield
-        else:
-            with self.model.no_sync():  # type: ignore[operator]
-                yield
+    def _communicating(self, *, last: bool) -> AbstractContextManager[Any]:
+        # Gradients are summed over ranks in the last microbatch only.
+        return nullcontext() if last else self.model.no_sync()  # type: ignore[operator]
 
     def _collect_gradients(self) -> list[Tensor]:
         without = [name for name in self._weights if name in self._updated and self._updated[name].grad is None]
         if without:
-            raise _take_no_part(without)
+            # DDP would wait for them forever. It could look for them in every step, which costs a seventh of the step
+            # of a small transformer on a CPU.
+            raise take_no_part("ddp", without)
         return super()._collect_gradients()
 
     def _reduce(self, sums: Tensor) -> Tensor:
         # The gradient is the same on every rank already; loss and count are not.
         self._world.all_reduce(sums[1:])
         return sums
-
-
-def _take_no_part(names: list[str]) -> CombinationError:
-    """The error for parameters without a gradient, for which DDP would wait forever.
-
-    It could look for them in every step, which costs a seventh of the step of a small transformer on a CPU.
-    """
-    shown = ", ".join(names[:5]) + (f" … ({len(names)} in all)" if len(names) > 5 else "")
-    return CombinationError(
-        f"the engine ddp needs a gradient of every trained parameter, and these take no part in the loss: {shown}",
-        where="model",
-        remedy="if they never do, freeze them (finetune.freeze): the results stay the same; or set engine.name to fsdp",
-    )
 
 
 def _sum_bucket(group: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:

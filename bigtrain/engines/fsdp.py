@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from bigtrain.dist import World
 from bigtrain.engines.base import Choices, Held, TorchEngine
 from bigtrain.errors import CombinationError
+from bigtrain.models.blocks import without_shared_parameters
 from bigtrain.optim import OptimizerPlan
 from bigtrain.state import Box
 
@@ -42,12 +49,15 @@ class FSDPEngine(TorchEngine):
         choices: Choices,
     ) -> None:
         self._mesh = _mesh(world, choices.shard_size)
-        # fully_shard refuses parameters of no dimension, and its kernels those of no elements: they stay whole, and
-        # their gradients are summed in _collect_gradients.
-        whole = {p for p in model.parameters() if _stays_whole(p)}
+        # Their gradients are summed in _collect_gradients.
+        whole = {p for p in model.parameters() if stays_whole(p)}
         offload: OffloadPolicy = CPUOffloadPolicy() if _may_offload(world, choices) else OffloadPolicy()
+        # Inputs are cast where the model begins, as under every engine, not where each block does.
+        precision = MixedPrecisionPolicy(choices.compute_dtype, torch.float32, cast_forward_inputs=False)
         shared: dict[str, Any] = {"mesh": self._mesh, "offload_policy": offload, "ignored_params": whole}
-        for block in _without_shared_parameters(model, blocks):
+        if choices.compute_dtype is not None:
+            shared["mp_policy"] = precision
+        for block in without_shared_parameters(model, blocks, whole):  # FSDP2 wants all uses of one in one group
             fully_shard(block, reshard_after_forward=choices.reshard_after_forward, **shared)
         # The root's own parameters are needed again as soon as backward begins: giving them back would only cost.
         fully_shard(model, reshard_after_forward=False, **shared)
@@ -60,7 +70,7 @@ class FSDPEngine(TorchEngine):
         self._locals_are_fresh = False
         self._is_elementwise = plan.elementwise
         super().__init__(model, model, plan, world, choices)
-        self._whole = [p for p in self._updated.values() if _stays_whole(p)]
+        self._whole = [p for p in self._updated.values() if stays_whole(p)]
 
     def _held(self, tensor: Tensor, position: int) -> Held:
         if not isinstance(tensor, DTensor):
@@ -69,6 +79,10 @@ class FSDPEngine(TorchEngine):
         replica = self._mesh.get_local_rank("replicate") if self._mesh.ndim == 2 else 0
         replicas = self._mesh.size(0) if self._mesh.ndim == 2 else 1
         return Held(tensor, tuple(tensor.shape), Box(tuple(offset), tuple(size)), position % replicas == replica)
+
+    def _parameters_to_cast(self) -> list[Tensor]:
+        # FSDP2 casts what it gathers.
+        return [p for p in super()._parameters_to_cast() if stays_whole(p)]
 
     def _tensors_to_update(self, plan: OptimizerPlan) -> dict[str, Tensor]:
         if not plan.elementwise:
@@ -98,7 +112,7 @@ class FSDPEngine(TorchEngine):
             if tensor.grad is None:
                 updated.grad = None
                 continue
-            if _stays_whole(tensor):
+            if stays_whole(tensor):
                 self._world.all_reduce(tensor.grad)
             if updated is not tensor:
                 is_shard = isinstance(tensor.grad, DTensor)
@@ -140,12 +154,11 @@ class FSDPEngine(TorchEngine):
     def _reduce(self, sums: Tensor) -> Tensor:
         return self._world.all_reduce(sums)
 
-    @contextmanager
-    def microbatch(self, *, last: bool) -> Iterator[None]:
-        """Gradients are sharded in every microbatch, so that they never lie whole; replicas are summed in the last."""
+    def _communicating(self, *, last: bool) -> AbstractContextManager[Any]:
+        # Gradients are sharded in every microbatch, so that they never lie whole; replicas are summed in the last.
         if self._mesh.ndim == 2:
             self.model.set_requires_all_reduce(last)  # type: ignore[operator]
-        yield
+        return nullcontext()
 
     def _zero(self) -> None:
         for name, updated in self._updated.items():
@@ -157,27 +170,9 @@ class FSDPEngine(TorchEngine):
             module.reshard()
 
 
-def _stays_whole(parameter: Tensor) -> bool:
+def stays_whole(parameter: Tensor) -> bool:
+    """Whether a parameter is not sharded: FSDP2 takes none of no dimension, and its kernels none of no elements."""
     return parameter.ndim == 0 or parameter.numel() == 0
-
-
-def _without_shared_parameters(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
-    """The blocks that share no parameter with another part of the model; FSDP2 wants all uses of one in one group.
-
-    The others are left to the root's group, which is gathered once for the whole step.
-    """
-    places = Counter({*_parameters_outside(model, set(blocks))})
-    for block in blocks:
-        places.update({*block.parameters()})
-    return [block for block in blocks if all(places[p] == 1 or _stays_whole(p) for p in block.parameters())]
-
-
-def _parameters_outside(module: nn.Module, blocks: set[nn.Module]) -> Iterator[nn.Parameter]:
-    """The parameters that are reached without going through a block; some more than once."""
-    yield from module.parameters(recurse=False)
-    for child in module.children():
-        if child not in blocks:
-            yield from _parameters_outside(child, blocks)
 
 
 def _plain(gradient: Tensor) -> Tensor:

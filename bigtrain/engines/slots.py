@@ -6,7 +6,7 @@ of shape () (a step counter, the same on every rank).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from bigtrain.errors import StateError
-from bigtrain.state import BUFFER, WEIGHT, Box, Piece, Reader, whole
+from bigtrain.state import BUFFER, WEIGHT, Box, Piece, Reader, TensorSpec, whole
 
 # How a step is computed, not what it computes: these may differ between the engines of one run.
 _IMPLEMENTATION = {"params", "names", "base_lr", "lr", "fused", "foreach", "capturable", "differentiable"}
@@ -105,24 +105,28 @@ def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
 
 
-def check(reader: Reader, pieces: list[Piece], trained: set[str]) -> None:
+def check(reader: Reader, wanted: Mapping[tuple[str, str], TensorSpec], trained: Collection[str]) -> None:
     """Compare what a reader has with what is to be filled, before anything is.
+
+    Args:
+        reader: What there is.
+        wanted: Every weight and buffer of the model, whole, by (kind, name).
+        trained: The parameters that have hyperparameters.
 
     Raises:
         StateError: Listing everything that is missing, extra, misshapen or of another dtype.
     """
-    wanted = {piece.key: piece for piece in pieces}
     problems = [f"missing: {kind} {name}" for kind, name in wanted if (kind, name) not in reader.index]
     for (kind, name), spec in reader.index.items():
-        piece = wanted.get((kind, name))
-        if piece is None:
+        ours = wanted.get((kind, name))
+        if ours is None:
             if kind in (WEIGHT, BUFFER) or (WEIGHT, name) not in wanted:
                 problems.append(f"extra: {kind} {name}")
-        elif (spec.shape, spec.dtype) != (piece.shape, piece.dtype):
+        elif (tuple(spec.shape), spec.dtype) != ours:
             have = f"{tuple(spec.shape)} {spec.dtype}"
-            problems.append(
-                f"different: {kind} {name} is {have} in the state, {piece.shape} {piece.dtype} in the model"
-            )
-    problems += [f"missing: hyperparameters of {name}" for name in sorted(trained - set(reader.hyper)) if reader.hyper]
+            problems.append(f"different: {kind} {name} is {have} in the state, {ours.shape} {ours.dtype} in the model")
+    problems += [
+        f"missing: hyperparameters of {name}" for name in sorted(set(trained) - set(reader.hyper)) if reader.hyper
+    ]
     if problems:
         raise StateError("the state does not fit the model:\n  " + "\n  ".join(problems))

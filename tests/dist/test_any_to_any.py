@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,44 +14,60 @@ from bigtrain.errors import StateError
 from bigtrain.state import MemoryReader
 from tests.helpers import zoo
 from tests.helpers.distributed import run_distributed
-from tests.helpers.engines import assert_same_state, build, everything, train, weights
+from tests.helpers.engines import IN_FULL, assert_same_state, build, everything, train, weights
 
-PLACES = [("single", 1), ("ddp", 1), ("ddp", 2), ("ddp", 3), ("fsdp", 1), ("fsdp", 2), ("fsdp", 3), ("hsdp", 4)]
+PLACES = [
+    ("single", 1),
+    *(("ddp", n) for n in (1, 2, 4)),
+    *(("fsdp", n) for n in (1, 2, 3, 4)),
+    ("hsdp", 4),
+    ("zero0", 2),
+    *(("zero1", n) for n in (1, 3)),
+    *(("zero2", n) for n in (2, 4)),
+    *(("zero3", n) for n in (1, 2, 3, 4)),
+]
+EVERY_CASE = list(itertools.product((False, True), (zoo.ADAMW, zoo.SGD)))  # frozen parts, optimizer
+CASES = EVERY_CASE if IN_FULL else [(False, zoo.ADAMW), (True, zoo.SGD)]
 BEFORE, AFTER = range(3), range(3, 6)
 
 
 def train_and_keep(layout: str, folder: str) -> None:
     with join("cpu", needs_group=layout != "single") as world:
-        for frozen in (False, True):
-            for optim in (zoo.ADAMW, zoo.SGD):
-                engine = build(layout, world, frozen=frozen, optim=optim)
-                train(engine, world, 2, BEFORE)
-                state = everything(engine, world)
-                if world.is_main:
-                    torch.save((state.tensors, state.hyper), f"{folder}/{_name(layout, world.size, frozen, optim)}")
+        for frozen, optim in CASES:
+            engine = build(layout, world, frozen=frozen, optim=optim, empty=False)
+            train(engine, world, 2, BEFORE)
+            state = everything(engine, world)
+            if world.is_main:
+                torch.save((state.tensors, state.hyper), f"{folder}/{_name(layout, world.size, frozen, optim)}")
+            engine.close()
 
 
 def load_from_all(layout: str, folder: str) -> None:
     with join("cpu", needs_group=layout != "single") as world:
-        for frozen in (False, True):
-            for optim in (zoo.ADAMW, zoo.SGD):
-                reference, tail = _plain_run(frozen, optim)
-                for source in PLACES:
-                    case = f"{source} -> {layout} × {world.size}, frozen {frozen}, {optim['name']}"
-                    reader = MemoryReader(*torch.load(f"{folder}/{_name(*source, frozen, optim)}", weights_only=False))
-                    engine = build(layout, world, frozen=frozen, optim=optim)
-                    train(engine, world, 1, range(10, 12))  # what was there before must not matter
-                    engine.load(reader)
-                    assert_same_state(everything(engine, world), reader, case)
-                    ours = train(engine, world, 2, AFTER)
-                    for mine, theirs in zip(ours, tail, strict=True):
-                        assert max(map(zoo.relative, mine, theirs)) < 3e-6, case
-                    assert zoo.distance(weights(everything(engine, world)), reference) < 2e-5, case
-                    engine.close()
+        for frozen, optim in CASES:
+            reference, tail = _plain_run(frozen, optim)
+            engine = build(layout, world, frozen=frozen, optim=optim, empty=False)
+            train(engine, world, 1, range(10, 12))  # what was there before must not matter
+            for source in _sources((layout, world.size)):
+                case = f"{source} -> {layout} × {world.size}, frozen {frozen}, {optim['name']}"
+                reader = MemoryReader(*torch.load(f"{folder}/{_name(*source, frozen, optim)}", weights_only=False))
+                engine.load(reader)
+                assert_same_state(everything(engine, world), reader, case)
+                ours = train(engine, world, 2, AFTER)
+                for mine, theirs in zip(ours, tail, strict=True):
+                    assert max(map(zoo.relative, mine, theirs)) < 3e-6, case
+                assert zoo.distance(weights(everything(engine, world)), reference) < 2e-5, case
+            engine.close()
+
+
+def _sources(target: tuple[str, int]) -> list[tuple[str, int]]:
+    """Which states a place loads: its own, and three others such that each is loaded somewhere; or all of them."""
+    own = PLACES.index(target)
+    return PLACES if IN_FULL else [PLACES[(own + far) % len(PLACES)] for far in (0, 4, 9, 13)]
 
 
 def _plain_run(frozen: bool, optim: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[tuple[float, float]]]:
-    model = zoo.make_odd(frozen)
+    model = zoo.make_odd(frozen, empty=False)
     seen, _ = zoo.plain_loop(model, AFTER.stop, optim=optim)
     return {name: p.detach() for name, p in model.named_parameters()}, seen[AFTER.start :]
 
@@ -75,7 +92,7 @@ def test_loads_the_state_of_every_engine(states: Path, layout: str, world_size: 
 
 def refuse_what_does_not_fit(layout: str) -> None:
     with join("cpu", needs_group=layout != "single") as world:
-        engine = build(layout, world)
+        engine = build(layout, world, empty=False)
         before = everything(engine, world)
         tensors = dict(before.tensors)
         tensors["weight", "mix"] = torch.zeros(4, zoo.WIDTH)
@@ -88,7 +105,7 @@ def refuse_what_does_not_fit(layout: str) -> None:
         assert_same_state(everything(engine, world), before)
 
 
-@pytest.mark.parametrize(("layout", "world_size"), [("single", 1), ("fsdp", 2)])
+@pytest.mark.parametrize(("layout", "world_size"), [("single", 1), ("fsdp", 2), ("zero2", 2), ("zero3", 2)])
 def test_lists_everything_that_does_not_fit_and_loads_nothing(layout: str, world_size: int) -> None:
     run_distributed(refuse_what_does_not_fit, world_size, layout)
 
@@ -96,7 +113,8 @@ def test_lists_everything_that_does_not_fit_and_loads_nothing(layout: str, world
 def groups_keep_their_own_hyperparameters(layout: str) -> None:
     """One group's numbers must not be copied over another's."""
     with join("cpu", needs_group=layout != "single") as world:
-        source, target = build(layout, world), build(layout, world, optim={"name": "adamw", "lr": 1.0, "groups": [{"match": "layers.1.*", "lr": 2.0}]})
+        source = build(layout, world, empty=False)
+        target = build(layout, world, empty=False, optim={"name": "adamw", "lr": 1.0, "groups": [{"match": "layers.1.*", "lr": 2.0}]})
         train(source, world, 1, range(2))
         target.load(everything(source, world))
         rates = {name: hyper["lr"] for name, hyper in target.state().hyper.items()}
@@ -106,6 +124,6 @@ def groups_keep_their_own_hyperparameters(layout: str) -> None:
         assert target.state().hyper["layers.1.up.bias"]["weight_decay"] == 0.0
 
 
-@pytest.mark.parametrize(("layout", "world_size"), [("single", 1), ("ddp", 2), ("fsdp", 2)])
+@pytest.mark.parametrize(("layout", "world_size"), [("single", 1), ("ddp", 2), ("fsdp", 2), ("zero1", 2), ("zero3", 2)])
 def test_groups_keep_their_own_hyperparameters(layout: str, world_size: int) -> None:
     run_distributed(groups_keep_their_own_hyperparameters, world_size, layout)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from bigtrain.protocols import Batch, LossSum
 
@@ -40,8 +41,9 @@ class Odd(nn.Module):
         self.embed = nn.Embedding(VOCAB, WIDTH)
         self.layers = nn.ModuleList(OddBlock() for _ in range(4))
         self.layers[3].up.weight = self.layers[2].up.weight
+        self.order = (0, 1, 2, 1, 3)
         self.mix = nn.Parameter(torch.randn(3, WIDTH) * 0.1)
-        self.nothing = nn.Parameter(torch.zeros(0, WIDTH))
+        self.nothing: nn.Parameter | None = nn.Parameter(torch.zeros(0, WIDTH))
         self.temperature = nn.Parameter(torch.tensor(0.7))
         self.head = nn.Linear(WIDTH, VOCAB, bias=False)
         self.head.weight = self.embed.weight
@@ -52,10 +54,13 @@ class Odd(nn.Module):
         return list(self.layers)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B,) -> (B, VOCAB)
-        x = self.embed(tokens) + self.shift * self.scratch
-        for layer in (self.layers[0], self.layers[1], self.layers[2], self.layers[1], self.layers[3]):
-            x = layer(x)
-        x = x + F.linear(F.linear(x, self.mix), self.mix.T) + self.nothing.sum()
+        x = self.embed(tokens)
+        x = x + (self.shift * self.scratch).to(x.dtype)
+        for number in self.order:
+            x = self.layers[number](x)
+        x = x + F.linear(F.linear(x, self.mix), self.mix.T)
+        if self.nothing is not None:
+            x = x + self.nothing.sum()
         return self.head(x) * self.temperature
 
 
@@ -68,9 +73,12 @@ class OddTask:
         return LossSum((losses * batch.weight).sum(), batch.weight.sum())
 
 
-def make_odd(frozen: bool = False, dtype: torch.dtype = torch.float32) -> Odd:
+def make_odd(frozen: bool = False, dtype: torch.dtype = torch.float32, empty: bool = True) -> Odd:
+    """The odd model; without the parameter of no elements where it is not `empty`."""
     torch.manual_seed(5)
     model = Odd().to(dtype)
+    if not empty:
+        model.nothing = None
     if frozen:
         model.layers[0].requires_grad_(False)
         model.layers[2].up.requires_grad_(False)
@@ -125,9 +133,13 @@ def lr_factor(step: int) -> float:
 
 
 def plain_loop(
-    model: Odd, steps: int, *, start: int = 0, optim: dict[str, Any] = ADAMW
+    model: Odd, steps: int, *, start: int = 0, optim: dict[str, Any] = ADAMW, bf16_parts: tuple[int, int] | None = None
 ) -> tuple[list[tuple[float, float]], Any]:
-    """Train with torch alone, whole batches, the mean loss: (loss, norm) of every step, and the optimizer."""
+    """Train with torch alone, whole batches, the mean loss: (loss, norm) of every step, and the optimizer.
+
+    With `bf16_parts`, forward and backward go through bf16 copies of the parameters, in the parts that so many ranks
+    make in so many microbatches: bf16 rounds otherwise in other parts.
+    """
     undecayed = lambda name, p: p.ndim < 2 or "norm" in name  # noqa: E731
     fast = lambda name: name.startswith("layers.1.") and "groups" in optim  # noqa: E731
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -145,15 +157,35 @@ def plain_loop(
     seen = []
     for step in range(start, start + steps):
         tokens, labels = global_batch(step)
-        loss = F.cross_entropy(model(tokens), labels)
         optimizer.zero_grad()
-        loss.backward()
+        if bf16_parts:
+            loss = _bf16_gradient(model, step, *bf16_parts)
+        else:
+            loss = F.cross_entropy(model(tokens), labels)
+            loss.backward()
         norm = nn.utils.clip_grad_norm_([p for _, p in named], CLIP)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * lr_factor(step)
         optimizer.step()
         seen.append((loss.item(), norm.item()))
     return seen, optimizer
+
+
+def _bf16_gradient(model: Odd, step: int, world_size: int, accumulation: int) -> Tensor:
+    total = torch.zeros(())
+    for rank in range(world_size):
+        for batch in my_microbatches(step, rank, world_size, accumulation):
+            tokens, labels = batch.data
+            copies = {name: p.to(torch.bfloat16) for name, p in model.named_parameters()}
+            logits = functional_call(model, copies, (tokens,), tie_weights=True).float()
+            loss = (F.cross_entropy(logits, labels, reduction="none") * batch.weight).sum()
+            loss.backward()
+            total += loss.detach()
+    count = len(global_batch(step)[0])
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad /= count
+    return total / count
 
 
 def relative(a: float, b: float) -> float:

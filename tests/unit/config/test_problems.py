@@ -138,7 +138,7 @@ def test_everything_is_reported_at_once_in_the_order_of_the_file(tmp_path):
         "  schedule: {name: constant, gamma: 0.5}\n"
         "train: {epochs: 2, steps: 3}\n"
         "engine: {name: fspd}\n"
-        "compile: model\n"
+        "launch: {target: slurm}\n"
     )
     with pytest.raises(ConfigError) as caught:
         load(path, ["run.seed=-1", "run.name=../x", "nonsense"])
@@ -151,7 +151,7 @@ def test_everything_is_reported_at_once_in_the_order_of_the_file(tmp_path):
         (":6", "optim.schedule.gamma: 0.5 means nothing to the schedule constant"),
         (":7", "train.steps: 3 cannot stand beside train.epochs"),
         (":8", "engine.name: fspd does not fit"),
-        (":9", "compile: model is not available yet"),
+        (":9", "launch.target: slurm is not available yet"),
         ("command line", "'nonsense' is not an override"),
         ("command line", 'run.name: "../x" cannot name a folder'),
         ("command line", "run.seed: -1 does not fit"),
@@ -253,13 +253,6 @@ def test_an_override_that_is_not_yaml_is_shown_whole():
 # --------------------------------------------------------------------------------------------- not available yet
 
 NOT_BUILT = {
-    "engine.name": "deepspeed",
-    "engine.deepspeed.stage": 2,
-    "engine.deepspeed.offload_optimizer": "cpu",
-    "engine.deepspeed.offload_params": "nvme",
-    "engine.deepspeed.extra": "{a: 1}",
-    "precision": "bf16",
-    "compile": "blocks",
     "finetune.init_from": "weights.pt",
     "finetune.unfreeze": "[{at_epoch: 1, match: a}]",
     "finetune.layer_decay": 0.5,

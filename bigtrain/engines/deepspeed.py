@@ -1,0 +1,297 @@
+"""DeepSpeed ZeRO, stages 0 to 3: its communication, its partitions, its offloading; our optimizer and arithmetic.
+
+Gradients are sums over ranks, as under every engine. What they are divided by is known at the step, and reaches
+DeepSpeed as the loss scale that it divides by anyway.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigtrain.dist import World
+from bigtrain.engines import slots
+from bigtrain.engines.base import Choices, TorchEngine, checked, persistent_buffers, take_no_part
+from bigtrain.engines.casting import Casting
+from bigtrain.engines.deepspeed_library import destroy, host_adam, initialize
+from bigtrain.engines.sums import DeviceSums, HostSums, StepResult
+from bigtrain.engines.zero_slices import ShardedSlices, Slice, Slices, partition_of
+from bigtrain.errors import StateError
+from bigtrain.optim import OptimizerPlan
+from bigtrain.protocols import LossSum
+from bigtrain.state import BUFFER, WEIGHT, EngineState, Piece, Reader, TensorSpec, whole
+
+
+class StageZeroEngine(TorchEngine):
+    """Stage 0: every rank holds everything, and DeepSpeed sums the gradients."""
+
+    name = "deepspeed"
+
+    def __init__(self, model: nn.Module, plan: OptimizerPlan, world: World, choices: Choices) -> None:
+        super().__init__(model, model, plan, world, choices)
+        self._deepspeed = initialize(model, self._optimizer, world, choices)
+        self.model = self._deepspeed
+        self._parts = _Participation(model)
+
+    def _communicating(self, *, last: bool) -> AbstractContextManager[Any]:
+        self._deepspeed.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def _run_backward(self, total: Tensor) -> None:
+        self._deepspeed.backward(total)
+
+    def _collect_gradients(self) -> list[Tensor]:
+        self._parts.check()
+        return super()._collect_gradients()
+
+    def _reduce(self, sums: Tensor) -> Tensor:
+        # The gradient is the same on every rank already; loss and count are not.
+        self._world.all_reduce(sums[1:])
+        return sums
+
+    def _run_optimizer(self) -> None:
+        self._deepspeed.step()
+
+    def close(self) -> None:
+        """Let go of everything."""
+        super().close()
+        destroy(self._deepspeed)
+        del self._deepspeed
+
+
+class ZeroEngine:
+    """Stages 1 to 3: each rank updates its slices of float32 masters, and the model follows them.
+
+    Args:
+        model: The plain module with its initial values.
+        plan: The optimizer to build.
+        world: This rank's place.
+        choices: What the run file says.
+    """
+
+    name = "deepspeed"
+
+    def __init__(self, model: nn.Module, plan: OptimizerPlan, world: World, choices: Choices) -> None:
+        self._plain, self._world = model, world
+        weights = dict(model.named_parameters())
+        self._shapes = {name: tuple(p.shape) for name, p in weights.items()}
+        self._trained = {name: weights[name] for group in plan.groups for name in group.names}
+        self._frozen = {name: p for name, p in weights.items() if name not in self._trained}
+        # DeepSpeed makes the masters out of weights that it has rounded to bf16 already.
+        exact = {name: p.detach().clone() for name, p in weights.items()} if choices.compute_dtype else {}
+        self._casting = Casting(model, choices.compute_dtype, ()) if choices.compute_dtype else None
+        optimizer = host_adam(plan, weights) if choices.zero.offload_optimizer else plan.build(weights)
+        self.model = self._deepspeed = initialize(model, optimizer, world, choices)
+        self._optimizer = optimizer
+        self._zero = self._deepspeed.optimizer
+        is_sharded = choices.zero.stage == 3
+        made = ShardedSlices(self._zero, self._trained, world.rank) if is_sharded else Slices(self._zero, self._trained)
+        self._slices: ShardedSlices | Slices = made
+        self._frozen_parts = {name: self._frozen_part(name, exact.get(name), is_sharded) for name in self._frozen}
+        slots.zero_momentum(optimizer)
+        if exact:
+            self._fill_masters(exact)
+        on_host = world.device.type == "cpu"
+        self._sums = HostSums(None, alone=world.size == 1) if on_host else DeviceSums(world.device, None)
+        self._parts = _Participation(model)
+
+    def _frozen_part(self, name: str, exact: Tensor | None, is_sharded: bool) -> tuple[int, Tensor]:
+        """This rank's part of a frozen parameter, in float32: its first element, and the memory."""
+        p: Any = self._frozen[name]
+        if not is_sharded:
+            return 0, (p.detach() if exact is None else exact).view(-1)
+        start, numel = partition_of(p, self._world.rank)
+        held = p.ds_tensor.detach() if exact is None else exact.reshape(-1)[start:].to(p.ds_tensor.device)
+        return start, held.narrow(0, 0, numel) if exact is None else held[:numel].clone()
+
+    @torch.no_grad()
+    def _fill_masters(self, exact: Mapping[str, Tensor]) -> None:
+        for name, part in self._slices.by_name.items():
+            flat = exact[name].reshape(-1)
+            part.flat.detach().narrow(0, part.offset, part.numel).copy_(flat.narrow(0, part.start, part.numel))
+        self._slices.write_through()
+
+    # ---- the contract ----------
+
+    @contextmanager
+    def microbatch(self, *, last: bool) -> Iterator[None]:
+        """Around forward and backward of one microbatch."""
+        self._deepspeed.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, result: LossSum) -> None:
+        """Add the gradient of this microbatch's sum of losses, and the sum itself, to the step's."""
+        total = checked(result).total
+        # DeepSpeed leaves out a step whose gradients are not finite; a loss that is not is to be left out, too.
+        self._deepspeed.backward(total * torch.where(total.detach().isfinite(), 1.0, math.nan))
+        self._sums.add(result)
+
+    def step(self, lr_scale: float) -> StepResult:
+        """Divide by the targets of the whole global batch, clip, update, zero."""
+        self._parts.check()
+        result, count = self._sums.weigh(torch.zeros(()), self._world.all_reduce)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale
+        with self._divided_by(float(count)):
+            self._deepspeed.step()
+        norm = float(self._deepspeed.get_global_grad_norm())
+        return StepResult(float(result.loss), norm, not math.isfinite(norm))
+
+    @contextmanager
+    def _divided_by(self, count: float) -> Iterator[None]:
+        zero = self._zero
+        if not hasattr(zero, "loss_scaler"):  # BF16_Optimizer scales no loss
+            torch._foreach_div_(zero.fp32_groups_gradients_flat, count)
+            yield
+            return
+        zero.loss_scaler.cur_scale = count
+        try:
+            yield
+        finally:
+            zero.loss_scaler.cur_scale = 1.0
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode without gradients."""
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train()
+
+    def state(self) -> EngineState:
+        """Views of this rank's pieces."""
+        pieces = self._weight_pieces()
+        for position, (name, part) in enumerate(self._slices.by_name.items()):
+            for kind, value in self._slots_of(part.flat).items():
+                if value.ndim > 0:
+                    pieces += self._pieces_of(name, kind, part, value, position)
+                else:
+                    # A counter lies on every rank: the one that holds the first element stands for it.
+                    owner = (
+                        self._owns(name, position) and part.start == 0 and bool(part.numel or 0 in self._shapes[name])
+                    )
+                    pieces.append(Piece(name, kind, (), value.dtype, whole(()), value, owner))
+        return EngineState(pieces, slots.hyper(self._optimizer))
+
+    def _slots_of(self, flat: Tensor) -> dict[str, Tensor]:
+        state = self._optimizer.state.get(flat, {})
+        return {kind: value for kind, value in state.items() if isinstance(value, Tensor)}
+
+    def _weight_pieces(self) -> list[Piece]:
+        pieces = []
+        for position, (name, part) in enumerate(self._slices.by_name.items()):
+            pieces += self._pieces_of(name, WEIGHT, part, part.flat.detach(), position)
+        for position, name in enumerate(self._frozen):
+            start, values = self._frozen_parts[name]
+            part = Slice(start, values.numel(), values, 0)
+            pieces += self._pieces_of(name, WEIGHT, part, values, position)
+        for position, (name, buffer) in enumerate(persistent_buffers(self._plain).items()):
+            shape = tuple(buffer.shape)
+            owner = position % self._world.size == self._world.rank
+            pieces.append(Piece(name, BUFFER, shape, buffer.dtype, whole(shape), buffer, owner))
+        return pieces
+
+    def _pieces_of(self, name: str, kind: str, part: Slice, values: Tensor, position: int) -> list[Piece]:
+        shape, owner = self._shapes[name], self._owns(name, position)
+        return [Piece(name, kind, shape, values.dtype, box, data, owner) for box, data in part.parts(shape, values)]
+
+    def _owns(self, name: str, position: int) -> bool:
+        """Whether this rank stands for its part: slices are there once; what is whole, on every rank."""
+        is_whole = 0 in self._shapes[name] or (name in self._frozen and not hasattr(self._frozen[name], "ds_tensor"))
+        return not is_whole or position % self._world.size == self._world.rank
+
+    @torch.no_grad()
+    def load(self, reader: Reader) -> None:
+        """Fill the pieces in place."""
+        masters = {(WEIGHT, name): TensorSpec(shape, torch.float32) for name, shape in self._shapes.items()}
+        buffers = {
+            (BUFFER, name): TensorSpec(tuple(b.shape), b.dtype) for name, b in persistent_buffers(self._plain).items()
+        }
+        slots.check(reader, masters | buffers, self._trained)
+        for piece in self._weight_pieces():
+            reader.read_into(piece.kind, piece.name, piece.box, piece.data)
+        self._load_slots(reader)
+        slots.set_hyper(self._optimizer, reader.hyper)
+        self._follow_frozen()
+        self._slices.write_through()
+
+    def _load_slots(self, reader: Reader) -> None:
+        for part in self._slices.by_name.values():
+            self._optimizer.state.pop(part.flat, None)
+        kinds = {kind for kind, _ in reader.index} - {WEIGHT, BUFFER}
+        for name, part in self._slices.by_name.items():
+            state = self._optimizer.state[part.flat]
+            for kind in kinds:
+                spec = reader.index.get((kind, name))
+                if spec is None:
+                    continue
+                if kind == "step":
+                    self._load_counter(reader, kind, name, spec.dtype, state)
+                    continue
+                if kind not in state:
+                    state[kind] = torch.zeros_like(part.flat, dtype=spec.dtype, requires_grad=False)
+                for box, data in part.parts(self._shapes[name], state[kind]):
+                    reader.read_into(kind, name, box, data)
+
+    def _load_counter(self, reader: Reader, kind: str, name: str, dtype: torch.dtype, state: dict[str, Any]) -> None:
+        value = torch.zeros((), dtype=dtype)
+        reader.read_into(kind, name, whole(()), value)
+        before = state.setdefault(kind, value)
+        if not torch.equal(before, value):
+            raise StateError(
+                f"{kind} of {name} is {value.item():g}, and of another parameter of its group {before.item():g}:\n"
+                "DeepSpeed keeps one for a whole group",
+                remedy="set engine.name to fsdp, which keeps one for each parameter",
+            )
+
+    def _follow_frozen(self) -> None:
+        for name, p in self._frozen.items():
+            held, values = getattr(p, "ds_tensor", p), self._frozen_parts[name][1]
+            held.view(-1)[: values.numel()].copy_(values)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        if self._casting:
+            self._casting.remove()
+        self._optimizer.state.clear()
+        self._optimizer.param_groups.clear()
+        deepspeed = self._deepspeed
+        for attribute in list(vars(self)):
+            delattr(self, attribute)
+        destroy(deepspeed)
+
+
+class _Participation:
+    """Refuses parameters that take no part in the loss: DeepSpeed would decay them, and torch leaves them alone.
+
+    It watches the first step alone: hooks on every parameter cost too much for more.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._missing = {name for name, p in model.named_parameters() if p.requires_grad and p.numel()}
+        self._handles = [
+            p.register_hook(lambda gradient, name=name: self._missing.discard(name))  # type: ignore[no-untyped-call]
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        ]
+
+    def check(self) -> None:
+        """End the first step; nothing in any other.
+
+        Raises:
+            CombinationError: Naming the parameters.
+        """
+        if not self._handles:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._missing:
+            raise take_no_part("deepspeed", sorted(self._missing))

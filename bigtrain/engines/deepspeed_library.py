@@ -1,0 +1,146 @@
+"""DeepSpeed itself: imported, started, let go of. What it keeps to itself is touched here alone."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigtrain.dist import World
+from bigtrain.engines.base import Choices
+from bigtrain.engines.deepspeed_config import build_config
+from bigtrain.errors import SetupError
+from bigtrain.optim import OptimizerPlan
+
+
+def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, world: World, choices: Choices) -> Any:
+    """DeepSpeed's engine around a model and an optimizer, set so that it sums gradients. Every rank must call it.
+
+    Raises:
+        SetupError: Where this version of DeepSpeed would not compute what is meant.
+    """
+    library = _library(world)
+    stage = choices.zero.stage
+    scalars: list[Any] = [p for p in model.parameters() if p.ndim == 0]
+    for p in scalars:
+        p.ds_optim_param = True  # "not to be broadcast": it cannot view a scalar as bytes, nor has it to
+        if stage == 3:
+            p.data = p.data.view(1)
+    if stage == 3:
+        for block in choices.compiled_blocks:  # gathered as one: no hooks between its parts
+            library.utils.set_z3_leaf_module(block, True)
+    with _quiet():
+        engine, *_ = library.initialize(
+            model=model, optimizer=optimizer, config=build_config(choices), dist_init_required=False
+        )
+    for p in scalars:
+        del p.ds_optim_param
+        if stage == 3:
+            p.ds_shape = torch.Size([])
+    if stage == 3:
+        if not hasattr(engine.optimizer, "_gradient_averaging_world_size"):
+            raise _unknown_version(library)
+        # Its configuration knows no sum for stage 3.
+        engine.optimizer._gradient_averaging_world_size = lambda params, world_size: 1
+    elif engine.gradient_average:
+        raise _unknown_version(library)
+    return engine
+
+
+def host_adam(plan: OptimizerPlan, tensors: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+    """DeepSpeed's Adam for the host, compiled at its first use, with the groups of the plan."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    groups = plan.param_groups(tensors)
+    args = {key: value for key, value in plan.args.items() if key in ("lr", "betas", "eps", "weight_decay", "amsgrad")}
+    with _quiet():
+        made: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=plan.cls is torch.optim.AdamW, **args)
+    return made
+
+
+def destroy(engine: Any) -> None:
+    """Let go of an engine and its module: DeepSpeed keeps both of stage 3 alive by itself."""
+    module = engine.module
+    coordinator = _coordinator(engine.optimizer)
+    with _quiet():
+        engine.destroy()
+    from deepspeed.runtime.zero import parameter_offload
+
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [kept for kept in stack if kept is not module]
+    if coordinator is not None:
+        _clear_caches(type(coordinator))
+    del engine, coordinator
+    gc.collect()  # what is left refers to itself in circles
+
+
+def _coordinator(zero: Any) -> Any:
+    offload = getattr(zero, "parameter_offload", None)
+    return None if offload is None else offload.get_param_coordinator()
+
+
+def _clear_caches(cls: type) -> None:
+    """Empty every cache that a method of the class closes over."""
+    for member in vars(cls).values():
+        for cell in getattr(member, "__closure__", None) or ():
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
+
+
+def _library(world: World) -> Any:
+    if world.device.type == "cpu":
+        # Read once, at the import: on a machine with GPUs it would take those.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    with _quiet():
+        import deepspeed
+    # Its kernels for ranks of one machine serve inference alone, and would be compiled at the first start.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    name = deepspeed.accelerator.get_accelerator()._name
+    if name != world.device.type:
+        raise SetupError(
+            f"DeepSpeed has been imported for {name}, and this run computes on {world.device.type}",
+            where="engine.device",
+            remedy="start it in a process of its own, or set DS_ACCELERATOR before the first import of deepspeed",
+        )
+    _forget_former_group(deepspeed, world)
+    return deepspeed
+
+
+_group_of_last_engine: Any = None
+
+
+def _forget_former_group(deepspeed: Any, world: World) -> None:
+    """DeepSpeed remembers the process group of its first engine, which may be gone: a notebook trains twice."""
+    global _group_of_last_engine
+    if world.group is _group_of_last_engine:
+        return
+    _group_of_last_engine = world.group
+    deepspeed.comm.comm.cdb = None
+    deepspeed.utils.groups._WORLD_GROUP = None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without DeepSpeed's own reports: they go to the log of whoever wants them (logging, DeepSpeed)."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    sys.stdout.flush()
+
+
+def _unknown_version(deepspeed: Any) -> SetupError:
+    return SetupError(
+        f"DeepSpeed {deepspeed.__version__} takes means over ranks where sums are needed",
+        where="engine.name",
+        remedy="install a version that bigtrain is tested with: 0.19.3 to 0.19.8",
+    )
