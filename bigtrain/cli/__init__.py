@@ -13,6 +13,7 @@ import typer
 
 import bigtrain
 from bigtrain.cli import config, data
+from bigtrain.cli.explain import explain
 from bigtrain.cli.parity import parity
 from bigtrain.cli.train import launch, train
 from bigtrain.errors import BigtrainError, ConfigError
@@ -27,7 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
-for command in (train, launch, parity):
+for command in (train, launch, parity, explain):
     app.command()(command)
 
 _wants_traceback = False

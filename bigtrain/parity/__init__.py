@@ -7,6 +7,7 @@ tenth of what is allowed.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import shutil
 import tempfile
@@ -22,6 +23,9 @@ from bigtrain.config.schema import Config
 from bigtrain.errors import CombinationError
 from bigtrain.models.blocks import batchnorm_over_batch, find_blocks
 from bigtrain.parity.compare import (
+    BF16_FIRST_LOSS,
+    BF16_FIRST_NORM,
+    BF16_MOST_DISTANCE,
     TOLERANCES,
     StepDifference,
     Tolerance,
@@ -109,10 +113,11 @@ def run(
     config: Config,
     *,
     steps: int = 20,
-    engines: Sequence[str] = ("single", "ddp", "fsdp"),
+    engines: Sequence[str] | None = None,
     world_sizes: Sequence[int] = (1, 2),
     accumulations: Sequence[int] = (1, 2),
-    precisions: Sequence[str] = ("fp32", "fp64"),
+    precisions: Sequence[str] = ("fp32", "fp64", "bf16"),
+    compiles: bool | None = None,
     subject: Subject | None = None,
     tamper: Tamper | None = None,
     said: Callable[[str], None] = lambda text: None,
@@ -122,10 +127,11 @@ def run(
     Args:
         config: The run file.
         steps: How many steps to compare.
-        engines: Which engines; `single` runs in one process only.
+        engines: Which engines, DeepSpeed's stages as `deepspeed:2`; `single` runs in one process only. None: all.
         world_sizes: How many processes.
         accumulations: Microbatches in a full step.
-        precisions: Each against its own reference.
+        precisions: fp32 and fp64 each against its own reference, bf16 against the engine single in bf16.
+        compiles: Whether to compile, too: once an engine, in fp32. None: where there is a compiler.
         subject: A model, data or task given as objects.
         tamper: For tests, which plant faults: a context that every rank under test runs in.
         said: Told what is being done.
@@ -134,36 +140,98 @@ def run(
         CombinationError: Where the run differs by nature, as BatchNorm over a rank's own batch does.
     """
     folder = Path(tempfile.mkdtemp(prefix="bigtrain-parity-"))
-    subject = subject or Subject()
-    verdicts, switched_off, apart_of_any = [], list[str](), set[str]()
+    names = every_engine() if engines is None else engines
+    search = _Search(config, subject or Subject(), steps, folder, tamper, said, list(accumulations))
+    search.compiles = shutil.which("g++") is not None if compiles is None else compiles
     try:
         for precision in precisions:
-            varied = config.model_copy(update={"precision": precision})
-            said(f"plain torch, one process, {precision}, {steps} steps, twice")
-            plain = run_ranks(_run_plainly, 1, (varied, subject, steps, folder / precision))[0]
-            switched_off, apart_of_any = plain.switched_off, apart_of_any | set(plain.apart)
-            for engine, world_size in _places(engines, world_sizes):
-                said(f"{engine} × {world_size}, {precision}")
-                engine_config = varied.engine.model_copy(update={"name": engine})
-                placed = varied.model_copy(update={"engine": engine_config})
-                ways = [(accumulation, "none") for accumulation in accumulations]
-                ways += [(accumulations[0], "full")] if plain.has_blocks else []
-                variants = [Variant(engine, world_size, *way, precision) for way in ways]
-                arguments = (placed, variants, plain.reference, subject, plain.apart, tamper)
-                found = run_ranks(measure, world_size, arguments)[0]
-                pairs = zip(variants, found, strict=True)
-                verdicts += [judge(variant, differences, plain.horizon) for variant, differences in pairs]
+            for engine, world_size in _places(names, world_sizes, precision):
+                search.compare(engine, world_size, precision, compiles=world_size == max(world_sizes))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return Report(verdicts, switched_off, sorted(apart_of_any), steps)
+    return search.report()
 
 
-def _places(engines: Sequence[str], world_sizes: Sequence[int]) -> Iterator[tuple[str, int]]:
+def every_engine() -> tuple[str, ...]:
+    """The engines that can be compared here: DeepSpeed's stages where it is installed."""
+    has_deepspeed = importlib.util.find_spec("deepspeed") is not None
+    stages = ("deepspeed:1", "deepspeed:2", "deepspeed:3") if has_deepspeed else ()
+    return ("single", "ddp", "fsdp", *stages)
+
+
+def _places(engines: Sequence[str], world_sizes: Sequence[int], precision: str) -> Iterator[tuple[str, int]]:
     for engine, world_size in itertools.product(engines, world_sizes):
+        if engine.startswith("deepspeed") and (precision == "fp64" or (precision, engine) == ("bf16", "deepspeed:0")):
+            continue  # it cannot
         if engine != "single":
             yield engine, world_size
         elif world_size == world_sizes[0]:
             yield engine, 1
+
+
+@dataclass
+class _Search:
+    """What has been found so far, and what it is compared with."""
+
+    config: Config
+    subject: Subject
+    steps: int
+    folder: Path
+    tamper: Tamper | None
+    said: Callable[[str], None]
+    accumulations: list[int]
+    compiles: bool = False
+    verdicts: list[Verdict] = field(default_factory=list)
+    plains: dict[str, _Plain] = field(default_factory=dict)
+    rounded: dict[int, list[StepDifference]] = field(default_factory=dict)
+
+    def compare(self, engine: str, world_size: int, precision: str, *, compiles: bool) -> None:
+        """Run every variant of one engine at one world size in one precision, and judge it."""
+        plain = self._plain("fp32" if precision == "bf16" else precision)
+        ways = [(accumulation, "none", "none") for accumulation in self.accumulations]
+        ways += [(self.accumulations[0], "full", "none")] if plain.has_blocks else []
+        if self.compiles and compiles and precision == "fp32":
+            ways += [(self.accumulations[0], "none", "blocks" if plain.has_blocks else "model")]
+        variants = [Variant(engine, world_size, a, recompute, precision, compiled) for a, recompute, compiled in ways]
+        self.said(f"{engine} × {world_size}, {precision}")
+        for variant, found in zip(variants, self._measure(variants, plain, self.tamper), strict=True):
+            if precision == "bf16":
+                self.verdicts.append(judge_bf16(variant, found, self._rounded(variant, plain)))
+            else:
+                self.verdicts.append(judge(variant, found, plain.horizon))
+
+    def report(self) -> Report:
+        """What came of it all."""
+        switched_off = next((plain.switched_off for plain in self.plains.values()), [])
+        apart = sorted({name for plain in self.plains.values() for name in plain.apart})
+        return Report(self.verdicts, switched_off, apart, self.steps)
+
+    def _plain(self, precision: str) -> _Plain:
+        if precision not in self.plains:
+            self.said(f"plain torch, one process, {precision}, {self.steps} steps, twice")
+            varied = self.config.model_copy(update={"precision": precision})
+            arguments = (varied, self.subject, self.steps, self.folder / precision)
+            self.plains[precision] = run_ranks(_run_plainly, 1, arguments)[0]
+        return self.plains[precision]
+
+    def _rounded(self, variant: Variant, plain: _Plain) -> list[StepDifference]:
+        """The engine single in bf16, in as many parts: bf16 rounds otherwise in others."""
+        parts = variant.world_size * variant.accumulation
+        if parts not in self.rounded:
+            single = Variant("single", 1, parts, "none", "bf16")
+            self.rounded[parts] = self._measure([single], plain, None)[0]
+        return self.rounded[parts]
+
+    def _measure(self, variants: list[Variant], plain: _Plain, tamper: Tamper | None) -> list[list[StepDifference]]:
+        variant = variants[0]
+        engine = self.config.engine
+        name, _, stage = variant.engine.partition(":")
+        deepspeed = engine.deepspeed.model_copy(update={"stage": int(stage)}) if stage else engine.deepspeed
+        placed = engine.model_copy(update={"name": name, "deepspeed": deepspeed})
+        config = self.config.model_copy(update={"precision": variant.precision, "engine": placed})
+        arguments = (config, variants, plain.reference, self.subject, plain.apart, tamper)
+        found: list[list[StepDifference]] = run_ranks(measure, variant.world_size, arguments)[0]
+        return found
 
 
 def judge(variant: Variant, differences: Sequence[StepDifference], horizon: int) -> Verdict:
@@ -182,6 +250,27 @@ def judge(variant: Variant, differences: Sequence[StepDifference], horizon: int)
         if what:
             worst = f"{difference.worst} ({difference.worst_difference:.1e})"
             return replace(verdict, failed_at=step + 1, failed_what=what, worst=worst)
+    return verdict
+
+
+def judge_bf16(variant: Variant, differences: Sequence[StepDifference], single: Sequence[StepDifference]) -> Verdict:
+    """Hold the first step, and the distance from fp32 over all of them, against the engine single in bf16.
+
+    The verdict's loss and norm are those of the first step; its parameters are the distance as a multiple of single's.
+    """
+    ours, theirs = differences[0].values, single[0].values
+    loss, norm = (abs(a - b) / max(abs(b), 1e-30) for a, b in zip(ours, theirs, strict=True))
+    farthest = max(differences, key=lambda d: d.parameters)
+    multiple = farthest.parameters / max(*(d.parameters for d in single), 1e-30)
+    verdict = Verdict(variant, len(differences), loss, norm, multiple)
+    if not loss <= BF16_FIRST_LOSS:
+        return replace(verdict, failed_at=1, failed_what="loss", worst="")
+    if not norm <= BF16_FIRST_NORM:
+        return replace(verdict, failed_at=1, failed_what="gradient norm", worst="")
+    if not multiple <= BF16_MOST_DISTANCE:
+        worst = f"{farthest.worst} ({farthest.worst_difference:.1e})"
+        step = differences.index(farthest) + 1
+        return replace(verdict, failed_at=step, failed_what="parameters", worst=worst)
     return verdict
 
 

@@ -36,6 +36,7 @@ FLOORS = {
     "bigtrain.loop": 6,
     "bigtrain.trainer": 7,
     "launchers": 7,
+    "bigtrain.explain": 8,
     "bigtrain.parity": 8,
     "bigtrain.running": 8,
     "bigtrain.cli": 9,
