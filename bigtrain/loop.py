@@ -313,6 +313,9 @@ def _moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
         wanted = dtype if dtype and value.is_floating_point() else value.dtype
         if value.dtype == wanted and value.device == device:
             return value  # `to` would find out by itself, at ten times the cost
+        if device.type == "cuda" and value.device.type == "cpu":
+            # From other memory than pinned the copy to the device would make this process wait.
+            value = torch.empty_like(value, dtype=wanted, pin_memory=True).copy_(value)
         return value.to(device, wanted, non_blocking=True)
     if isinstance(value, Mapping):
         parts = [_moved(item, device, dtype) for item in value.values()]

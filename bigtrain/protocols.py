@@ -109,7 +109,7 @@ class HasFlops(Protocol):
     """A model that knows its cost."""
 
     def flops_per_sample(self) -> float:
-        """Floating-point operations of one forward and backward pass of one sample."""
+        """Floating-point operations of one forward and backward pass of one sample, without what is masked."""
 
 
 class HasInitTensor(Protocol):

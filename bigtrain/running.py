@@ -17,10 +17,12 @@ from bigtrain.config.loader import Resolved, dump, from_dict, load
 from bigtrain.config.schema import Config
 from bigtrain.dist import World, join
 from bigtrain.errors import OutOfMemoryError, TrainingError, UserError
-from bigtrain.loop import Hook, Loop, Outcome, StepInfo
+from bigtrain.loop import Hook, Loop, Outcome, StepInfo, Tracker
+from bigtrain.prepare import COMPUTE_DTYPES, DTYPES
 from bigtrain.protocols import Dataset, Task
 from bigtrain.tracking.console import Console
 from bigtrain.tracking.jsonl import MetricsFile
+from bigtrain.tracking.mfu import Utilisation, WithMFU, utilisation
 from bigtrain.trainer import Subject, Training, assemble
 
 # Larger results (the confusion matrix of thousands of classes) do not go into result.json.
@@ -123,7 +125,7 @@ def _train(config: Config, subject: Subject, hooks: Sequence[Hook], failing: _Fa
             log = folder.logs / "rank-00000.stdout"
             console = Console(training.cadence.total_steps, config.track.progress, log)
             console.say(_first_lines(training))
-            trackers = [MetricsFile(folder.metrics), console]
+            trackers = _with_mfu([MetricsFile(folder.metrics), console], training, console)
             outcome = _run(training, trackers, hooks, failing)
             _finish(folder, outcome, training, console)
     return Run(path, outcome, model)
@@ -140,6 +142,26 @@ def _run(training: Training, trackers: Sequence[Any], hooks: Sequence[Hook], fai
     finally:
         for tracker in trackers:
             tracker.close()
+
+
+def _with_mfu(trackers: Sequence[Tracker], training: Training, console: Console) -> Sequence[Tracker]:
+    """The trackers, with the utilisation of the GPUs where it can be told; where not, it is said once why."""
+    if training.world.device.type != "cuda":
+        return trackers
+    found = _utilisation(training, torch.cuda.get_device_name(training.world.device))
+    if isinstance(found, str):
+        console.say(f"no mfu: {found}")
+        return trackers
+    return [WithMFU(trackers, found)]
+
+
+def _utilisation(training: Training, device_name: str) -> Utilisation | str:
+    config = training.config
+    ours, theirs = config.data.args.get("context"), config.model.args.get("context")
+    if None not in (ours, theirs) and ours != theirs:
+        return f"the model says what {theirs} tokens cost (model.args.context), and samples have {ours}"
+    dtype = COMPUTE_DTYPES.get(config.precision, DTYPES[config.precision])
+    return utilisation(training.model, device_name, dtype, training.world.size)
 
 
 def _finish(folder: runs.RunFolder, outcome: Outcome, training: Training, console: Console) -> None:
@@ -174,8 +196,8 @@ def _is_small(value: Any) -> bool:
 
 def _first_lines(training: Training) -> str:
     config, world = training.config, training.world
-    parameters = sum(piece[0] for piece in training.sizes())
-    trained = sum(piece[0] for piece in training.sizes() if piece[1])
+    parameters = sum(piece[0] for piece in training.sizes)
+    trained = sum(piece[0] for piece in training.sizes if piece[1])
     share = "" if trained == parameters else f", {trained:,} of them trained"
     return (
         f"{config.run.name}: {config.model.name} ({parameters:,} parameters{share}) on {config.data.name} "

@@ -127,8 +127,13 @@ class TensorSpec(NamedTuple):
 class Reader(Protocol):
     """Where a state is read from."""
 
-    hyper: Mapping[str, Mapping[str, Any]]
-    index: Mapping[tuple[str, str], TensorSpec]  # by (kind, name): what there is to read
+    @property
+    def hyper(self) -> Mapping[str, Mapping[str, Any]]:
+        """Every hyperparameter by parameter name."""
+
+    @property
+    def index(self) -> Mapping[tuple[str, str], TensorSpec]:
+        """What there is to read, by kind and name."""
 
     def read_into(self, kind: str, name: str, box: Box, out: Tensor) -> None:
         """Fill `out` (the box's size) with that part of the tensor."""

@@ -62,6 +62,7 @@ class Training:
     evaluation: EvalLoader | None
     cadence: Cadence
     engine_choice: str
+    sizes: list[tuple[int, bool]]  # for each parameter: its elements, and whether it is trained
 
     def loop(self, trackers: Sequence[Tracker] = (), hooks: Sequence[Hook] = ()) -> Loop:
         """The loop over all of it."""
@@ -80,10 +81,6 @@ class Training:
             on_nonfinite=self.config.health.on_nonfinite,
             move=self.move,
         )
-
-    def sizes(self) -> list[tuple[int, bool]]:
-        """For each parameter, how many elements the whole of it has, and whether it is trained."""
-        return [(p.numel(), p.requires_grad) for p in self.model.parameters()]
 
     def move(self, batch: Batch) -> Batch:
         """A batch on this rank's device, in the run's dtype."""
@@ -116,11 +113,12 @@ def assemble(
     task = build_task(config, subject)
     sets = build_data(config, subject)
     train, evaluation = _loaders(config, sets, world)
-    prepared = _prepare(config, subject, world, shards=engines.shards(name))
+    prepared = _prepare(config, subject, world, shards=engines.shards(name, config.engine.deepspeed.stage))
     if adapt is not None:
         adapt(prepared.model)
     _try_first_batch(config, task, prepared.model, sets, world)
     plan = plan_optimizer(prepared.model, config.optim)
+    sizes = [(p.numel(), p.requires_grad) for p in prepared.model.parameters()]
     compiled = _compile(config, name, prepared)
     choices = _choices(config, prepared, compiled)
     engine = engines.build(name, prepared.model, prepared.blocks, plan, world, choices)
@@ -130,8 +128,10 @@ def assemble(
     )
     # From here on random numbers are each rank's own: dropout must differ between ranks.
     seed_everything(config.run.seed + world.rank)
-    choice = f"engine {name} ({why})"
-    training = Training(config, world, task, prepared.model, engine, plan, schedule, train, evaluation, cadence, choice)
+    label = f"deepspeed stage {config.engine.deepspeed.stage}" if name == "deepspeed" else name
+    choice = f"engine {label} ({why})"
+    parts = (task, prepared.model, engine, plan, schedule, train, evaluation, cadence)
+    training = Training(config, world, *parts, choice, sizes)
     if config.compile.scope != "none":
         _try_compiled(training, compiled)
     return training

@@ -30,9 +30,14 @@ def needs_group(name: str) -> bool:
     return name != "single"
 
 
-def shards(name: str) -> bool:
-    """Whether the engine cuts the model up itself, so that it must not be filled or moved before."""
-    return name == "fsdp"
+def shards(name: str, stage: int) -> bool:
+    """Whether the engine cuts the model up itself, so that it must not be filled or moved before.
+
+    Args:
+        name: The engine.
+        stage: DeepSpeed's.
+    """
+    return name == "fsdp" or (name == "deepspeed" and stage == 3)
 
 
 def build(

@@ -266,12 +266,12 @@ class TorchEngine:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode without gradients."""
-        self.model.eval()
+        nn.Module.train(self.model, False)  # not by its own eval(): DeepSpeed's leaves the engine's own flag
         try:
             with torch.no_grad(), self._copies():
                 yield
         finally:
-            self.model.train()
+            nn.Module.train(self.model)
             self._after_evaluation()
 
     def state(self) -> EngineState:

@@ -7,7 +7,7 @@ DeepSpeed as the loss scale that it divides by anyway.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -18,13 +18,13 @@ from bigtrain.dist import World
 from bigtrain.engines import slots
 from bigtrain.engines.base import Choices, TorchEngine, checked, persistent_buffers, take_no_part
 from bigtrain.engines.casting import Casting
-from bigtrain.engines.deepspeed_library import destroy, host_adam, initialize
+from bigtrain.engines.deepspeed_library import destroy, host_adam, initialize, partition_meta
 from bigtrain.engines.sums import DeviceSums, HostSums, StepResult
 from bigtrain.engines.zero_slices import ShardedSlices, Slice, Slices, partition_of
 from bigtrain.errors import StateError
 from bigtrain.optim import OptimizerPlan
 from bigtrain.protocols import LossSum
-from bigtrain.state import BUFFER, WEIGHT, EngineState, Piece, Reader, TensorSpec, whole
+from bigtrain.state import BUFFER, WEIGHT, EngineState, MemoryReader, Piece, Reader, TensorSpec, whole
 
 
 class StageZeroEngine(TorchEngine):
@@ -78,42 +78,56 @@ class ZeroEngine:
 
     def __init__(self, model: nn.Module, plan: OptimizerPlan, world: World, choices: Choices) -> None:
         self._plain, self._world = model, world
+        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        if choices.fill:
+            partition_meta(model, world, choices)
         weights = dict(model.named_parameters())
-        self._shapes = {name: tuple(p.shape) for name, p in weights.items()}
         self._trained = {name: weights[name] for group in plan.groups for name in group.names}
         self._frozen = {name: p for name, p in weights.items() if name not in self._trained}
         # DeepSpeed makes the masters out of weights that it has rounded to bf16 already.
-        exact = {name: p.detach().clone() for name, p in weights.items()} if choices.compute_dtype else {}
+        has_masters = choices.compute_dtype is not None
+        keeps = has_masters and not choices.fill
+        exact = {name: p.detach().to("cpu", copy=True) for name, p in weights.items()} if keeps else {}
         self._casting = Casting(model, choices.compute_dtype, ()) if choices.compute_dtype else None
         optimizer = host_adam(plan, weights) if choices.zero.offload_optimizer else plan.build(weights)
         self.model = self._deepspeed = initialize(model, optimizer, world, choices)
         self._optimizer = optimizer
+        self._counts_in_int = choices.zero.offload_optimizer
         self._zero = self._deepspeed.optimizer
         is_sharded = choices.zero.stage == 3
         made = ShardedSlices(self._zero, self._trained, world.rank) if is_sharded else Slices(self._zero, self._trained)
         self._slices: ShardedSlices | Slices = made
-        self._frozen_parts = {name: self._frozen_part(name, exact.get(name), is_sharded) for name in self._frozen}
+        self._frozen_parts = {name: self._frozen_part(p, has_masters) for name, p in self._frozen.items()}
         slots.zero_momentum(optimizer)
-        if exact:
-            self._fill_masters(exact)
+        if choices.fill:
+            choices.fill(self._weight_pieces())
+        elif exact:
+            self._read_weights(MemoryReader({(WEIGHT, name): tensor for name, tensor in exact.items()}, {}))
+        if has_masters or choices.fill:
+            self._write_through()
         on_host = world.device.type == "cpu"
         self._sums = HostSums(None, alone=world.size == 1) if on_host else DeviceSums(world.device, None)
         self._parts = _Participation(model)
 
-    def _frozen_part(self, name: str, exact: Tensor | None, is_sharded: bool) -> tuple[int, Tensor]:
-        """This rank's part of a frozen parameter, in float32: its first element, and the memory."""
-        p: Any = self._frozen[name]
-        if not is_sharded:
-            return 0, (p.detach() if exact is None else exact).view(-1)
+    def _frozen_part(self, p: Any, has_masters: bool) -> tuple[int, Tensor]:
+        """This rank's part of a frozen parameter: its first element, and the memory, a float32 master in bf16."""
+        if not hasattr(p, "ds_tensor"):
+            held = p.detach().view(-1)
+            return 0, held.float() if has_masters else held
         start, numel = partition_of(p, self._world.rank)
-        held = p.ds_tensor.detach() if exact is None else exact.reshape(-1)[start:].to(p.ds_tensor.device)
-        return start, held.narrow(0, 0, numel) if exact is None else held[:numel].clone()
+        held = p.ds_tensor.detach().narrow(0, 0, numel)
+        return start, held.float() if has_masters else held
 
-    @torch.no_grad()
-    def _fill_masters(self, exact: Mapping[str, Tensor]) -> None:
-        for name, part in self._slices.by_name.items():
-            flat = exact[name].reshape(-1)
-            part.flat.detach().narrow(0, part.offset, part.numel).copy_(flat.narrow(0, part.start, part.numel))
+    def _read_weights(self, reader: Reader) -> None:
+        for piece in self._weight_pieces():
+            if (piece.kind, piece.name) in reader.index:
+                reader.read_into(piece.kind, piece.name, piece.box, piece.data)
+
+    def _write_through(self) -> None:
+        """Let what is computed with follow the masters."""
+        for name, p in self._frozen.items():
+            held, values = getattr(p, "ds_tensor", p).detach(), self._frozen_parts[name][1]
+            held.view(-1)[: values.numel()].copy_(values)
         self._slices.write_through()
 
     # ---- the contract ----------
@@ -158,12 +172,12 @@ class ZeroEngine:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode without gradients."""
-        self.model.eval()
+        nn.Module.train(self.model, False)  # not by its own eval(), which leaves the engine's own flag
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.model.train()
+            nn.Module.train(self.model)
 
     def state(self) -> EngineState:
         """Views of this rank's pieces."""
@@ -182,7 +196,9 @@ class ZeroEngine:
 
     def _slots_of(self, flat: Tensor) -> dict[str, Tensor]:
         state = self._optimizer.state.get(flat, {})
-        return {kind: value for kind, value in state.items() if isinstance(value, Tensor)}
+        # DeepSpeed's Adam counts in an int, of which this is a copy.
+        counted = {kind: torch.tensor(float(value)) for kind, value in state.items() if isinstance(value, int)}
+        return {kind: value for kind, value in state.items() if isinstance(value, Tensor)} | counted
 
     def _weight_pieces(self) -> list[Piece]:
         pieces = []
@@ -215,12 +231,10 @@ class ZeroEngine:
             (BUFFER, name): TensorSpec(tuple(b.shape), b.dtype) for name, b in persistent_buffers(self._plain).items()
         }
         slots.check(reader, masters | buffers, self._trained)
-        for piece in self._weight_pieces():
-            reader.read_into(piece.kind, piece.name, piece.box, piece.data)
+        self._read_weights(reader)
         self._load_slots(reader)
         slots.set_hyper(self._optimizer, reader.hyper)
-        self._follow_frozen()
-        self._slices.write_through()
+        self._write_through()
 
     def _load_slots(self, reader: Reader) -> None:
         for part in self._slices.by_name.values():
@@ -243,18 +257,14 @@ class ZeroEngine:
     def _load_counter(self, reader: Reader, kind: str, name: str, dtype: torch.dtype, state: dict[str, Any]) -> None:
         value = torch.zeros((), dtype=dtype)
         reader.read_into(kind, name, whole(()), value)
-        before = state.setdefault(kind, value)
-        if not torch.equal(before, value):
+        mine = int(value) if self._counts_in_int else value
+        before = state.setdefault(kind, mine)
+        if float(before) != float(value):
             raise StateError(
-                f"{kind} of {name} is {value.item():g}, and of another parameter of its group {before.item():g}:\n"
+                f"{kind} of {name} is {float(value):g}, and of another parameter of its group {float(before):g}:\n"
                 "DeepSpeed keeps one for a whole group",
                 remedy="set engine.name to fsdp, which keeps one for each parameter",
             )
-
-    def _follow_frozen(self) -> None:
-        for name, p in self._frozen.items():
-            held, values = getattr(p, "ds_tensor", p), self._frozen_parts[name][1]
-            held.view(-1)[: values.numel()].copy_(values)
 
     def close(self) -> None:
         """Let go of everything."""
@@ -275,7 +285,8 @@ class _Participation:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._missing = {name for name, p in model.named_parameters() if p.requires_grad and p.numel()}
+        sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters() if p.requires_grad}
+        self._missing = {name for name, size in sizes.items() if size}
         self._handles = [
             p.register_hook(lambda gradient, name=name: self._missing.discard(name))  # type: ignore[no-untyped-call]
             for name, p in model.named_parameters()

@@ -193,6 +193,13 @@ def _check_offload(plan: OptimizerPlan, zero: Zero) -> None:
             where="engine.deepspeed.offload_optimizer",
             remedy="set optim.name to adam or adamw, or engine.deepspeed.offload_optimizer=none",
         )
+    unknown = sorted(key for key in ("amsgrad", "maximize") if plan.args.get(key))
+    if unknown:
+        raise CombinationError(
+            f"DeepSpeed's Adam for the host knows no {unknown[0]}",
+            where=f"optim.args.{unknown[0]}",
+            remedy="take it out, or set engine.deepspeed.offload_optimizer=none",
+        )
     if shutil.which("g++") is None and shutil.which("c++") is None:
         raise SetupError(
             "DeepSpeed compiles its Adam for the host, and there is no C++ compiler",

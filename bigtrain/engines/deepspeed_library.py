@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, world: World,
     """
     library = _library(world)
     stage = choices.zero.stage
-    scalars: list[Any] = [p for p in model.parameters() if p.ndim == 0]
+    # A model that has been partitioned already is not broadcast.
+    scalars: list[Any] = [p for p in model.parameters() if p.ndim == 0 and not hasattr(p, "ds_id")]
     for p in scalars:
         p.ds_optim_param = True  # "not to be broadcast": it cannot view a scalar as bytes, nor has it to
         if stage == 3:
@@ -55,14 +57,42 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, world: World,
     return engine
 
 
+def partition_meta(model: nn.Module, world: World, choices: Choices) -> None:
+    """Give a model on the meta device memory for this rank's part of each parameter, one parameter at a time.
+
+    The values are whatever lay there. Ties survive. Every rank must call it.
+    """
+    library = _library(world)
+    config = build_config(choices)
+    made: dict[Tensor, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in list(module._parameters.items()):
+            if p is None:
+                continue
+            if p not in made:
+                made[p] = nn.Parameter(
+                    torch.empty(p.shape or (1,), dtype=choices.compute_dtype or p.dtype, device=world.device),
+                    requires_grad=p.requires_grad,
+                )
+                with _quiet():
+                    library.zero.Init(
+                        nn.ParameterList([made[p]]), mem_efficient_linear=False, config_dict_or_path=config
+                    )
+                if p.ndim == 0:
+                    made[p].ds_shape = torch.Size([])  # type: ignore[attr-defined]
+            module._parameters[name] = made[p]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device=world.device)
+
+
 def host_adam(plan: OptimizerPlan, tensors: Mapping[str, Tensor]) -> torch.optim.Optimizer:
-    """DeepSpeed's Adam for the host, compiled at its first use, with the groups of the plan."""
+    """DeepSpeed's Adam for the host, compiled at its first use, with the groups and hyperparameters of torch's."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    groups = plan.param_groups(tensors)
-    args = {key: value for key, value in plan.args.items() if key in ("lr", "betas", "eps", "weight_decay", "amsgrad")}
+    groups = plan.build(tensors).param_groups
     with _quiet():
-        made: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=plan.cls is torch.optim.AdamW, **args)
+        made: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=plan.cls is torch.optim.AdamW)
     return made
 
 
@@ -128,14 +158,14 @@ def _forget_former_group(deepspeed: Any, world: World) -> None:
     deepspeed.utils.groups._WORLD_GROUP = None
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without DeepSpeed's own reports: they go to the log of whoever wants them (logging, DeepSpeed)."""
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    for name in ("DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
-    sys.stdout.flush()
 
 
 def _unknown_version(deepspeed: Any) -> SetupError:

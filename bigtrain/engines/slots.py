@@ -17,7 +17,10 @@ from bigtrain.errors import StateError
 from bigtrain.state import BUFFER, WEIGHT, Box, Piece, Reader, TensorSpec, whole
 
 # How a step is computed, not what it computes: these may differ between the engines of one run.
-_IMPLEMENTATION = {"params", "names", "base_lr", "lr", "fused", "foreach", "capturable", "differentiable"}
+_IMPLEMENTATION = {
+    *("params", "names", "base_lr", "lr", "fused", "foreach", "capturable", "differentiable"),
+    "bias_correction",  # which DeepSpeed's Adam could leave out
+}
 
 
 def local(tensor: Tensor) -> Tensor:

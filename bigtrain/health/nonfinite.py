@@ -74,14 +74,14 @@ def explain(seen: _Seen, world: World, model: nn.Module, task: Task) -> NonFinit
     """Find out which rank and samples gave a loss that is not finite. Every rank must call it.
 
     The forward passes of the step are run again without gradients; the weights are still those it was computed with,
-    unless the run went on by one step on a GPU.
+    except on a GPU, where the next step was taken before this one could be read.
     """
     mine = [list(b.indices[: b.num_valid]) for b in seen.microbatches if not _loss_is_finite(model, task, b)]
     found = world.all_gather_object(mine)
     lines = [f"rank {rank}: samples {_shorten(samples)}" for rank, bad in enumerate(found) for samples in bad]
     cause = "the loss is not finite" if lines else "the gradient is not finite, though the loss is"
     return NonFiniteError(
-        f"{cause} in step {seen.step + 1}; the weights are those before it",
+        f"{cause} in step {seen.step + 1}, which changed no weights",
         where="; ".join(lines) or None,
         remedy="look at the samples named here, lower optim.lr or set optim.clip_grad_norm;\n"
         "health.on_nonfinite=skip leaves out such steps and goes on",

@@ -227,6 +227,8 @@ class GPT(nn.Module):
             self.layers.append(Block(attention, FeedForward(width, hidden, dropout), width, norm_eps))
         self.norm = nn.RMSNorm(width, eps=norm_eps)
         self.lm_head = Head(width, vocab)
+        # Counted now: ZeRO-3 leaves parameters without elements.
+        self._multiplying = sum(p.numel() for p in self.layers.parameters() if p.ndim == 2) + vocab * width
         if tied:
             self.lm_head.weight = self.embed_tokens.weight
         for name, parameter in self.named_parameters():
@@ -265,16 +267,19 @@ class GPT(nn.Module):
         """The decoder's blocks, in order."""
         return list(self.layers)
 
-    def flops_per_sample(self) -> float:
+    def flops_per_sample(self, *, full_square: bool = False) -> float:
         """Floating-point operations to train on one sequence of `context` tokens.
 
-        Per token 6 for each weight that multiplies, and 12 · layers · width · context for attention's two
-        products, counted in full although half is masked (Chowdhery et al., PaLM, 2022, appendix B). The
-        embedding only looks up.
+        Per token 6 for each weight that multiplies; the embedding only looks up. In attention's two products a token
+        meets itself and those before it, (context + 1) / 2 on average, at 12 · layers · width each. What is computed
+        again for activation checkpointing does not count.
+
+        Args:
+            full_square: Count the masked half as well, 12 · layers · width · context per token, as much of the
+                literature does (Chowdhery et al., PaLM, 2022, appendix B): the larger number.
         """
-        matrices = [p for p in self.layers.parameters() if p.ndim == 2]
-        weights = sum(p.numel() for p in matrices) + self.vocab * self.width
-        return float(self.context * (6 * weights + 12 * self.num_layers * self.width * self.context))
+        met = self.context if full_square else (self.context + 1) / 2
+        return float(self.context * (6 * self._multiplying + 12 * self.num_layers * self.width * met))
 
     def init_tensor(self, name: str, tensor: Tensor) -> None:
         """Fill a piece of the parameter `name` with initial values, from torch's default generator.

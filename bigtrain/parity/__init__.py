@@ -146,7 +146,8 @@ def run(
     try:
         for precision in precisions:
             for engine, world_size in _places(names, world_sizes, precision):
-                search.compare(engine, world_size, precision, compiles=world_size == max(world_sizes))
+                is_last = engine == "single" or world_size == world_sizes[-1]
+                search.compare(engine, world_size, precision, compiles=is_last)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return search.report()

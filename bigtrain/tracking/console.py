@@ -115,10 +115,12 @@ class _Bar:
 def _numbers(row: Mapping[str, Any], total_steps: int) -> list[str]:
     """The numbers of a step, those that matter most first."""
     rates = "/".join(f"{lr:.2e}" for lr in dict.fromkeys(row["lr"]))
+    utilisation = [f"mfu {row['mfu']:.1%}"] if "mfu" in row else []
     return [
         f"step {row['step']}/{total_steps}",
         f"loss {row['loss']:.4f}",
         f"{row['samples_per_s']:,.0f} samples/s",
+        *utilisation,
         f"epoch {row['epoch'] + 1}",
         f"lr {rates}",
         f"norm {row['grad_norm']:.3f}",

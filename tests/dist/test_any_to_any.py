@@ -1,4 +1,4 @@
-"""The state of every engine at every world size, loaded in memory into every other: bitwise equal, and it trains on alike."""
+"""The state of every engine at every world size, loaded into every other: bitwise equal, and it trains on alike."""
 
 from __future__ import annotations
 
@@ -100,7 +100,13 @@ def refuse_what_does_not_fit(layout: str) -> None:
         tensors["buffer", "shift"] = tensors["buffer", "shift"].double()
         with pytest.raises(StateError) as caught:
             engine.load(MemoryReader(tensors, before.hyper))
-        for wrong in ("missing: weight temperature", "extra: weight renamed", "different: weight mix", "different: buffer shift"):
+        told = (
+            "missing: weight temperature",
+            "extra: weight renamed",
+            "different: weight mix",
+            "different: buffer shift",
+        )
+        for wrong in told:
             assert wrong in str(caught.value)
         assert_same_state(everything(engine, world), before)
 
@@ -114,7 +120,8 @@ def groups_keep_their_own_hyperparameters(layout: str) -> None:
     """One group's numbers must not be copied over another's."""
     with join("cpu", needs_group=layout != "single") as world:
         source = build(layout, world, empty=False)
-        target = build(layout, world, empty=False, optim={"name": "adamw", "lr": 1.0, "groups": [{"match": "layers.1.*", "lr": 2.0}]})
+        other = {"name": "adamw", "lr": 1.0, "groups": [{"match": "layers.1.*", "lr": 2.0}]}
+        target = build(layout, world, empty=False, optim=other)
         train(source, world, 1, range(2))
         target.load(everything(source, world))
         rates = {name: hyper["lr"] for name, hyper in target.state().hyper.items()}

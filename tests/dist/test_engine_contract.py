@@ -109,7 +109,8 @@ def compare_an_update_of_whole_parameters(layout: str) -> None:
         plain = zoo.make_odd()
         theirs, _ = zoo.plain_loop(plain, STEPS, optim=zoo.NORMALISED)
         tolerance, parameter_tolerance = TOLERANCE[torch.float32]
-        assert all(zoo.relative(*pair) < tolerance for a, b in zip(ours, theirs, strict=True) for pair in zip(a, b, strict=True))
+        for mine, exact in zip(ours, theirs, strict=True):
+            assert max(map(zoo.relative, mine, exact)) < tolerance
         reference = {name: p.detach() for name, p in plain.named_parameters()}
         assert zoo.distance(weights(everything(engine, world)), reference) < parameter_tolerance
         engine.close()
@@ -157,15 +158,13 @@ def evaluation_leaves_no_trace(layout: str) -> None:
         assert_same_state(*finals)
 
 
-@pytest.mark.parametrize(
-    ("layout", "world_size"), [("single", 1), ("ddp", 2), ("fsdp", 2), ("zero2", 2), ("zero3", 2)]
-)
+@pytest.mark.parametrize(("layout", "world_size"), [("single", 1), ("ddp", 2), ("fsdp", 2), ("zero2", 2), ("zero3", 2)])
 def test_evaluation_leaves_no_trace(layout: str, world_size: int) -> None:
     run_distributed(evaluation_leaves_no_trace, world_size, layout)
 
 
 def skip_one_step(layout: str, optim: dict[str, Any]) -> None:
-    """A NaN on one rank: nobody's weights, moments or counters move, and training goes on as if the step had not been."""
+    """A NaN on one rank: nobody's weights, moments or counters move, and training goes on as if it had not been."""
     with join("cpu", needs_group=layout != "single") as world:
         engine = build(layout, world, optim=optim, empty=False)
         clean = build(layout, world, optim=optim, empty=False)
@@ -223,7 +222,8 @@ def compare_compiled(layout: str) -> None:
 
 @pytest.mark.compiler
 @pytest.mark.parametrize(
-    ("layout", "world_size"), [("single", 1), ("ddp", 2), ("fsdp", 2), ("zero0", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)]
+    ("layout", "world_size"),
+    [("single", 1), ("ddp", 2), ("fsdp", 2), ("zero0", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)],
 )
 def test_compiled_blocks(layout: str, world_size: int) -> None:
     run_distributed(compare_compiled, world_size, layout)

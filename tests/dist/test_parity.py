@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bigtrain import parity
-from bigtrain.config.loader import from_dict, load
+from bigtrain.config.loader import from_dict
 from bigtrain.config.schema import Config
 from bigtrain.errors import CombinationError
 from tests.helpers import faults, zoo
@@ -119,10 +119,12 @@ def config(model: str = "Small", **changes: Any) -> Config:
 
 @pytest.mark.slow
 def test_engines_are_the_same() -> None:
-    report = parity.run(config(), steps=10)
+    names = ["single", "ddp", "fsdp"]
+    report = parity.run(config(), steps=10, engines=names, precisions=["fp32", "fp64"], compiles=False)
     assert [verdict.outcome for verdict in report.verdicts] == ["same"] * 30
     assert report.exit_code == 0
-    assert {str(v.variant) for v in report.verdicts} >= {"fsdp × 2, accumulation 2, fp64", "single × 1, accumulation 1, fp32"}
+    variants = {str(verdict.variant) for verdict in report.verdicts}
+    assert variants >= {"fsdp × 2, accumulation 2, fp64", "single × 1, accumulation 1, fp32"}
     assert report.switched_off == ["Dropout (3 of them)"]
     assert all(verdict.horizon >= 5 for verdict in report.verdicts)
 
@@ -155,8 +157,9 @@ def test_finds_a_planted_fault(name: str) -> None:
 
 def test_a_users_own_samples_spare_layer_optimizer_and_data_workers() -> None:
     data = {"name": f"{__name__}:OfMyOwn", "eval": "none", "batch_size": 8, "workers": 1}
+    varied = config("WithSpare", data=data, optim=zoo.NORMALISED)
     report = parity.run(
-        config("WithSpare", data=data, optim=zoo.NORMALISED), steps=6, engines=["fsdp"], world_sizes=[2], accumulations=[2], precisions=["fp32"]
+        varied, steps=6, engines=["fsdp"], world_sizes=[2], accumulations=[2], precisions=["fp32"], compiles=False
     )
     assert {verdict.outcome for verdict in report.verdicts} == {"same"}
 
@@ -185,18 +188,36 @@ def test_says_so_when_rounding_alone_differs_too_soon() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "changes"),
+    ("name", "changes", "options", "count"),
     [
-        ("quickstart", []),
-        ("gpt", ["model.args.layers=2", "model.args.width=64", "data.args.context=32", "data.batch_size=4"]),
-        ("resnet_digits", ["data.batch_size=4", "data.args.size=16"]),
+        ("quickstart", [], ["--precisions=fp32,bf16", "--no-compile"], 24),  # it has no blocks to compute again
+        (
+            "gpt",
+            ["model.args.layers=2", "model.args.width=64", "data.args.context=32", "data.batch_size=4"],
+            ["--engines=fsdp,deepspeed:3", "--precisions=fp32", "--compile"],
+            8,
+        ),
+        (
+            "resnet_digits",
+            ["data.batch_size=4", "data.args.size=16"],
+            ["--engines=ddp,deepspeed:2", "--precisions=fp32", "--no-compile"],
+            6,
+        ),
     ],
 )
-def test_command_on_the_run_files(name: str, changes: list[str]) -> None:
-    done = _command(["parity", f"configs/{name}.yaml", *changes, "--steps=5", "--json", "--engines=ddp,fsdp", "--world-sizes=2"])
+def test_command_on_the_run_files(name: str, changes: list[str], options: list[str], count: int) -> None:
+    done = _command(["parity", f"configs/{name}.yaml", *changes, "--steps=5", "--json", "--world-sizes=2", *options])
     found = json.loads(done.stdout)
     assert done.returncode == found["exit_code"] == 0, done.stdout + done.stderr
-    assert len(found["verdicts"]) == (8 if name == "quickstart" else 12)  # bigmodel has no blocks to compute again
+    assert len(found["verdicts"]) == count
+
+
+def test_bf16_that_is_not_the_same_is_found() -> None:
+    """Gradients off by 1 % are more than rounding, in bf16 too."""
+    options = {"steps": 6, "engines": ["ddp"], "world_sizes": [1], "accumulations": [1], "precisions": ["bf16"]}
+    assert parity.run(config(), **options).exit_code == 0
+    report = parity.run(config(), tamper=faults.gradients_off_by_one_percent, **options)
+    assert report.exit_code == 1
 
 
 def test_command_refuses_an_engine_it_does_not_know() -> None:
@@ -209,5 +230,3 @@ def _command(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "bigtrain", *arguments], capture_output=True, text=True, timeout=900, check=False
     )
-
-

@@ -176,7 +176,15 @@ def test_flops_are_those_that_torch_counts():
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
         model(tokens(batch=1)).sum().backward()
-    assert counter.get_total_flops() == model.flops_per_sample()
+    assert counter.get_total_flops() == model.flops_per_sample(full_square=True)
+
+
+def test_flops_leave_out_what_is_masked():
+    model = models.build("gpt", ARGS)
+    context, layers, width = ARGS["context"], ARGS["layers"], ARGS["width"]
+    masked = context * (context - 1) // 2  # pairs of a token and one after it
+    # Two products of 2 operations a pair and element, and each again by both of its factors in backward.
+    assert model.flops_per_sample(full_square=True) - model.flops_per_sample() == masked * layers * width * 2 * 2 * 3
 
 
 # -------------------------------------------------------------------------------------------- initial values
