@@ -14,7 +14,14 @@
         ├── NonFiniteError           a loss or gradient norm that is not finite
         ├── OutOfMemoryError         the device or the host ran out of memory
         ├── StateError               a state does not fit the model or optimizer
-        └── RankError                a rank of a launched run failed
+        ├── RankError                a rank of a launched run failed
+        └── CheckpointError          a checkpoint cannot be written, found or read
+            ├── SaveError            it was not written, and nothing was committed
+            │   ├── DiskFullError    the disk has no room for it
+            │   └── LeaseError       another attempt owns the run now
+            ├── ReadError            an I/O error that stayed; says nothing about the checkpoint
+            ├── CorruptError         a file is not what was written
+            └── NoGoodError          there are checkpoints, and none that can be loaded
 
 Every one carries what was wrong, where, and what to do about it. This module imports nothing of bigtrain and nothing
 heavy.
@@ -150,3 +157,31 @@ class StateError(TrainingError):
 
 class RankError(TrainingError):
     """A rank of a launched run failed."""
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint cannot be written, found or read."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint was not written; nothing was committed, and what was committed before is as it was."""
+
+
+class DiskFullError(SaveError):
+    """The disk has no room for a checkpoint."""
+
+
+class LeaseError(SaveError):
+    """Another attempt owns the run now, and this one must not commit."""
+
+
+class ReadError(CheckpointError):
+    """An I/O error that stayed after several tries; it says nothing about what the checkpoint holds."""
+
+
+class CorruptError(CheckpointError):
+    """A file of a checkpoint is not what was written: `where` names it."""
+
+
+class NoGoodError(CheckpointError):
+    """There are checkpoints, and none that can be loaded: every bad file is listed."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo
 import xxhash
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -170,6 +171,9 @@ def compile_forward(modules: Sequence[nn.Module], *, fullgraph: bool) -> None:
             where="compile",
             remedy="install one (apt install g++), or set compile=none",
         )
+    # Blocks of one class that differ in their sizes need graphs of their own, each in training and in evaluation.
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 4 * len(modules))
     for module in modules:
         module.forward = torch.compile(module.forward, fullgraph=fullgraph, dynamic=False)
 

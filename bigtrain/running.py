@@ -78,7 +78,7 @@ def train(
     subject = Subject(model, data, task)
     resolved = resolve(config, overrides, subject)
     called = [hook if isinstance(hook, Hook) else Hook(hook) for hook in hooks]
-    with _word_of_failure() as failing:
+    with word_of_failure() as failing:
         return _train(resolved, subject, called, failing)
 
 
@@ -104,16 +104,16 @@ def _type_name(value: object) -> str:
     return name if name.isidentifier() else type(value).__name__
 
 
-def _train(config: Config, subject: Subject, hooks: Sequence[Hook], failing: _Failing) -> Run:
+def _train(config: Config, subject: Subject, hooks: Sequence[Hook], failing: Failing) -> Run:
     failing.rank = int(os.environ.get("RANK", 0))
     if failing.rank == 0:
         runs.check_free(config.run.dir, config.run.name)
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     engine, _ = engines.choose(config.engine.name, num_processes)
     with (
-        _torch_set_up(config),
+        torch_set_up(config),
         join(config.engine.device, needs_group=engines.needs_group(engine)) as world,
-        _lack_of_memory_explained(config, world, engine),
+        lack_of_memory_explained(config, world, engine),
         closing(assemble(config, world, subject)) as training,
     ):
         model, path = training.model, Path(config.run.dir, config.run.name)
@@ -131,7 +131,7 @@ def _train(config: Config, subject: Subject, hooks: Sequence[Hook], failing: _Fa
     return Run(path, outcome, model)
 
 
-def _run(training: Training, trackers: Sequence[Any], hooks: Sequence[Hook], failing: _Failing) -> Outcome:
+def _run(training: Training, trackers: Sequence[Any], hooks: Sequence[Hook], failing: Failing) -> Outcome:
     loop = training.loop(trackers, hooks)
     failing.loop = loop
     try:
@@ -207,7 +207,7 @@ def _first_lines(training: Training) -> str:
 
 
 @contextmanager
-def _torch_set_up(config: Config) -> Iterator[None]:
+def torch_set_up(config: Config) -> Iterator[None]:
     """What the run file says of torch itself, put back at the end: a notebook goes on."""
     threads = torch.get_num_threads()
     was_deterministic = torch.are_deterministic_algorithms_enabled()
@@ -225,7 +225,7 @@ def _torch_set_up(config: Config) -> Iterator[None]:
         torch.use_deterministic_algorithms(was_deterministic, warn_only=only_warned)
 
 
-class _Failing:
+class Failing:
     """What is known of this rank when it fails."""
 
     rank = 0
@@ -233,9 +233,9 @@ class _Failing:
 
 
 @contextmanager
-def _word_of_failure() -> Iterator[_Failing]:
+def word_of_failure() -> Iterator[Failing]:
     """Leave word for the launcher of why and in which step this rank failed."""
-    failing = _Failing()
+    failing = Failing()
     try:
         yield failing
     except BaseException as error:
@@ -246,7 +246,8 @@ def _word_of_failure() -> Iterator[_Failing]:
 
 
 @contextmanager
-def _lack_of_memory_explained(config: Config, world: World, engine: str) -> Iterator[None]:
+def lack_of_memory_explained(config: Config, world: World, engine: str) -> Iterator[None]:
+    """Tell what to change, in order of cost, where memory runs out."""
     try:
         yield
     except Exception as error:

@@ -36,7 +36,13 @@ class LaunchPlan:
 
 
 def make_plan(
-    config: Config, run_file: Path, overrides: Sequence[str], *, nproc: int | None = None, debug: bool = False
+    config: Config,
+    run_file: Path,
+    overrides: Sequence[str],
+    *,
+    nproc: int | None = None,
+    debug: bool = False,
+    command: str = "train",
 ) -> LaunchPlan:
     """Decide how a run is started on this machine.
 
@@ -46,6 +52,7 @@ def make_plan(
         overrides: What the command line changes in it.
         nproc: How many processes, instead of `launch.nproc`.
         debug: Show tracebacks of errors that are the user's.
+        command: What each rank runs: train, or try.
 
     Raises:
         CombinationError: Where the engine runs in one process only and more are asked for.
@@ -57,7 +64,7 @@ def make_plan(
             where="engine.name",
             remedy="set engine.name to ddp, fsdp or auto, or launch.nproc to 1",
         )
-    program = ("bigtrain", *(("--debug",) if debug else ()), "train", str(run_file), *overrides)
+    program = ("bigtrain", *(("--debug",) if debug else ()), command, str(run_file), *overrides)
     environment = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads_per_rank(config, count))}
     return LaunchPlan(count, program, environment, debug)
 

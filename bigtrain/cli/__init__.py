@@ -16,6 +16,7 @@ from bigtrain.cli import config, data
 from bigtrain.cli.explain import explain
 from bigtrain.cli.parity import parity
 from bigtrain.cli.train import launch, train
+from bigtrain.cli.try_run import try_run
 from bigtrain.errors import BigtrainError, ConfigError
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
+app.command("try")(try_run)
 for command in (train, launch, parity, explain):
     app.command()(command)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -26,7 +26,7 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
     except BaseException:
         if not is_rank:
             raise
-        _leave_at_once()
+        leave_at_once()
     # A launcher knows that it asked the ranks to stop: for them that is no failure.
     if run.outcome.stopped and ATTEMPT_VARIABLE not in os.environ:
         raise typer.Exit(_STOPPED)
@@ -36,7 +36,7 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
 _STOPPED = 130
 
 
-def _leave_at_once() -> None:
+def leave_at_once() -> NoReturn:
     """End a failed rank without waiting for the others, which may be in a collective with it."""
     import os
     import sys

@@ -256,7 +256,9 @@ class TorchEngine:
         elif skipped:
             return
         if self._divides_in_kernel:
-            self._optimizer.grad_scale = torch.as_tensor(divisor, dtype=torch.float32)  # type: ignore[attr-defined]
+            scale = torch.as_tensor(divisor, dtype=torch.float32)
+            # To parameters on the host torch would fetch it without waiting for it.
+            self._optimizer.grad_scale = scale if self._skips_on_device else scale.cpu()  # type: ignore[attr-defined]
         elif isinstance(divisor, float):
             torch._foreach_div_(gradients, divisor)
         else:

@@ -67,6 +67,10 @@ class FSDPEngine(TorchEngine):
             module.set_force_sum_reduction_for_comms(True)
         if choices.fill:
             model.to_empty(device="cpu" if choices.cpu_offload else world.device)
+        # fully_shard moves what it shards; the rest is computed with where it lies.
+        for tensor in (*filter(stays_whole, model.parameters()), *model.buffers()):
+            if tensor.device != world.device:
+                tensor.data = tensor.data.to(world.device)
         self._locals_are_fresh = False
         self._is_elementwise = plan.elementwise
         super().__init__(model, model, plan, world, choices)
@@ -131,6 +135,7 @@ class FSDPEngine(TorchEngine):
         sharded = [g for g in gradients if g.ndim > 0]
         replicas = self._mesh.size(0) if self._mesh.ndim == 2 else 1
         squared = super()._squared_norm([_plain(g) for g in sharded]) / replicas
+        squared = squared.to(self._world.device)
         for p in self._whole:
             if p.grad is not None:
                 squared += _plain(p.grad).double().square().sum() / self._world.size

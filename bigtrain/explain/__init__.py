@@ -15,7 +15,6 @@ from torch import nn
 
 from bigtrain import engines
 from bigtrain.config.schema import Config
-from bigtrain.dist import World
 from bigtrain.engines.base import Zero
 from bigtrain.engines.deepspeed_config import build_config, check
 from bigtrain.errors import CombinationError, DataError, SetupError, UserError

@@ -39,9 +39,10 @@ FLOORS = {
     "bigtrain.explain": 8,
     "bigtrain.parity": 8,
     "bigtrain.running": 8,
-    "bigtrain.cli": 9,
-    "bigtrain": 10,  # its own names, which others may not import
-    "bigtrain.__main__": 10,
+    "bigtrain.rehearsal": 9,
+    "bigtrain.cli": 10,
+    "bigtrain": 11,  # its own names, which others may not import
+    "bigtrain.__main__": 11,
 }
 
 OPEN_TO_LAUNCHERS = ("bigtrain.config", "bigtrain.errors", "bigtrain.runs")

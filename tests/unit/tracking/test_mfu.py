@@ -13,6 +13,7 @@ from bigtrain import models
 from bigtrain.config.loader import from_dict
 from bigtrain.dist import World
 from bigtrain.running import _utilisation
+from bigtrain.tracking.console import Console
 from bigtrain.tracking.jsonl import MetricsFile
 from bigtrain.tracking.mfu import Utilisation, WithMFU, peak_flops, utilisation
 from bigtrain.trainer import assemble
@@ -108,3 +109,10 @@ def test_lines_with_a_throughput_get_it(tmp_path: Path) -> None:
     tracker.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 1, "samples_per_s": 2.0, "mfu": 0.75}, {"step": 1, "eval/loss": 0.5}]
+
+
+def test_the_console_shows_it(tmp_path: Path) -> None:
+    console = Console(10, "none", tmp_path / "log")
+    row = {"step": 10, "epoch": 0, "loss": 0.25, "grad_norm": 1.5, "lr": [1e-3], "samples_per_s": 50.0}
+    WithMFU([console], Utilisation(2.0, 400.0)).log(row)
+    assert "50 samples/s  mfu 25.0%  epoch 1" in (tmp_path / "log").read_text()

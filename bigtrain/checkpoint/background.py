@@ -1,0 +1,214 @@
+"""Writing a checkpoint while the training goes on.
+
+The state is copied to host memory that exists already, and a thread writes the copy as `save` would. Its ranks talk
+over a group of their own, so that what they say cannot be mistaken for what the training says. That it is done, or
+has failed, every rank hears in the same step.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bigtrain.checkpoint.files import DISK, Files
+from bigtrain.checkpoint.ranks import Ranks
+from bigtrain.checkpoint.writing import bytes_of, save
+from bigtrain.dist import World
+from bigtrain.errors import SaveError
+from bigtrain.state import EngineState, Piece
+
+_log = logging.getLogger(__name__)
+
+_ALIGNMENT = 64  # bytes; of every piece in the copy
+_SHARE_OF_MEMORY = 0.5  # of what is free: the training and the page cache need some, too
+
+
+class Background:
+    """Writes one checkpoint at a time. Every rank must make it, and make the same calls.
+
+    Args:
+        world: The ranks.
+        folder: Where checkpoints lie.
+        attempt: Which start of the run this is, the same on all ranks.
+        still_ours: Asked on rank 0, in the writing thread, before the commit.
+        files: The file system.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        folder: Path,
+        *,
+        attempt: str = "0",
+        still_ours: Callable[[], bool] = lambda: True,
+        files: Files = DISK,
+    ) -> None:
+        self._world = world
+        group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._ranks = Ranks(replace(world, group=group))
+        self._save: Callable[..., Path] = lambda *args, **options: save(
+            self._ranks, Path(folder), *args, attempt=attempt, still_ours=still_ours, files=files, **options
+        )
+        self._files = files
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._thread: threading.Thread | None = None
+        self._outcome: Path | BaseException | None = None
+        self._num_done = torch.zeros(1, dtype=torch.int32)
+        self._work: dist.Work | None = None
+
+    def reserve(self, num_bytes: int) -> None:
+        """Have host memory for a copy of this size (`bytes_of`), so that the first save costs no more than others.
+
+        Where it does not fit, that is said, and the training waits while checkpoints are written.
+        """
+        missing = num_bytes - self._buffer.numel()
+        if missing <= 0:
+            return
+        free = self._files.free_memory()
+        if free is not None and missing > free * _SHARE_OF_MEMORY:
+            _log.warning(
+                "rank %d: a copy of the state needs %s bytes of host memory, and %s are free: "
+                "the training waits while checkpoints are written",
+                *(self._world.rank, f"{num_bytes:,}", f"{free:,}"),
+            )
+            return
+        is_pinned = self._world.device.type == "cuda"
+        self._buffer = torch.empty(0, dtype=torch.uint8)  # let go of the smaller one first
+        self._buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_pinned).zero_()
+
+    def start(
+        self, step: int, state: EngineState, *, extra: Mapping[str, Any], own: Mapping[str, Any] | None = None
+    ) -> None:
+        """Copy the state and begin to write it; if the last checkpoint is still being written, wait for that first.
+
+        Args:
+            step: How many steps have been taken.
+            state: This rank's part of the state; free to change as soon as this returns.
+            extra: As in `save`.
+            own: As in `save`.
+
+        Raises:
+            SaveError: Why the last checkpoint was not written; this one is not begun then.
+        """
+        if self._thread and self._thread.is_alive() and self._world.is_main:
+            _log.warning("step %d: waiting for the last checkpoint; they are due faster than the disk takes them", step)
+        self.wait()
+        copy, ready, fits = self._prepared(state)
+        kept = deepcopy({"extra": extra, "own": own})
+
+        def write() -> None:
+            try:
+                self._outcome = self._save(step, copy, ready=ready, **kept)
+            except BaseException as error:
+                self._outcome = error
+
+        self._outcome = None
+        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+        self._thread.start()
+        if not fits:
+            self._thread.join()
+
+    def poll(self) -> Path | None:
+        """The checkpoint that has been committed since the last call. Every rank must call it once a step.
+
+        Nobody waits: what is asked in one step is answered in the next.
+
+        Raises:
+            SaveError: Why it was not written.
+        """
+        if self._thread is None:
+            return None
+        if self._world.size == 1:
+            return None if self._thread.is_alive() else self.wait()
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+            if self._num_done.item() == self._world.size:
+                return self.wait()
+        self._num_done.fill_(not self._thread.is_alive())
+        self._work = dist.all_reduce(self._num_done, group=self._world.group, async_op=True)
+        return None
+
+    def wait(self) -> Path | None:
+        """Wait until nothing is being written: the checkpoint that has been committed. Every rank must call it.
+
+        Raises:
+            SaveError: Why it was not written.
+        """
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread = None
+        outcome, self._outcome = self._outcome, None
+        if isinstance(outcome, SaveError):
+            raise outcome
+        if isinstance(outcome, BaseException):
+            raise SaveError(f"the writing thread failed: {type(outcome).__name__}: {outcome}") from outcome
+        return outcome
+
+    def _prepared(self, state: EngineState) -> tuple[EngineState, Callable[[], None], bool]:
+        """What is to be written, what to call before it is read, and whether it is a copy."""
+        held = [piece for piece in state.pieces if piece.is_owner]
+        needed = bytes_of(state) + _ALIGNMENT * len(held)
+        try:
+            self.reserve(needed)
+            if needed > self._buffer.numel():
+                return state, lambda: None, False
+            return *self._copy(held, state.hyper), True
+        except Exception as error:  # this rank must not stay away where the others meet
+            return state, partial(_fail, error), True
+
+    def _copy(self, held: Sequence[Piece], hyper: dict[str, dict[str, Any]]) -> tuple[EngineState, Callable[[], None]]:
+        """These pieces in our own memory, and what to call before reading them."""
+        pieces: list[Piece] = []
+        place = 0
+        devices: set[torch.device] = set()
+        with torch.no_grad():
+            for piece in held:
+                data = self._place(piece.data, place)
+                data.copy_(piece.data, non_blocking=True)
+                devices.add(piece.data.device)
+                pieces.append(replace(piece, data=data))
+                place += -(-data.nbytes // _ALIGNMENT) * _ALIGNMENT
+        return EngineState(pieces, hyper), _when_copied(devices)
+
+    def _place(self, like: Tensor, place: int) -> Tensor:
+        num_bytes = like.numel() * like.element_size()
+        return self._buffer[place : place + num_bytes].view(like.dtype).view(like.shape)
+
+
+def _fail(error: Exception) -> None:
+    raise error
+
+
+def _when_copied(devices: set[torch.device]) -> Callable[[], None]:
+    """Waits for the copies that devices are still making.
+
+    Copies are made in the order of the device's own work: what the training does next comes after them.
+    """
+    events = []
+    for device in devices:
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record()
+                events.append(event)
+
+    def wait() -> None:
+        for event in events:
+            event.synchronize()
+
+    return wait

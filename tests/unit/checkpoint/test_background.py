@@ -1,0 +1,154 @@
+"""A checkpoint that is written while its state changes is the state as it was, and a failure is heard of."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bigtrain.checkpoint import Background, find, verify
+from bigtrain.checkpoint.files import Files
+from bigtrain.dist import World
+from bigtrain.errors import SaveError
+from bigtrain.state import EngineState
+from tests.helpers.checkpoints import assert_holds, cut, in_a_fork, saved, some_tensors
+
+
+class Held:
+    """A disk that takes nothing until it is let go."""
+
+    def __init__(self):
+        self.gate = threading.Event()
+        self.files = Files(self)
+
+    def __call__(self, operation, path):
+        if operation == "write":
+            assert self.gate.wait(10)
+
+
+def poll_until_done(background):
+    deadline = time.monotonic() + 10
+    while (path := background.poll()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return path
+
+
+def changed(tensors):
+    for tensor in tensors.values():
+        tensor.copy_(torch.zeros_like(tensor))
+
+
+def test_what_is_written_is_the_state_at_the_start(tmp_path):
+    tensors, expected, disk = some_tensors(1), some_tensors(1), Held()
+    tensors["weight", "none"] = expected["weight", "none"] = torch.zeros(0, 2)
+    background = Background(World(), tmp_path, files=disk.files)
+    background.start(1, cut("rows", tensors, 1)[0], extra={"samples": 4})
+    changed(tensors)
+    assert background.poll() is None
+    assert find(tmp_path) == []
+    disk.gate.set()
+    path = poll_until_done(background)
+    assert_holds(path, expected)
+    assert background.poll() is None
+    assert background.wait() is None
+
+
+def test_one_at_a_time_and_every_one_right(tmp_path, caplog):
+    tensors, disk = some_tensors(1), Held()
+    background = Background(World(), tmp_path, files=disk.files)
+    background.start(1, cut("rows", tensors, 1)[0], extra={})
+    threading.Timer(0.1, disk.gate.set).start()
+    for key, tensor in some_tensors(2).items():
+        tensors[key].copy_(tensor)
+    background.start(2, cut("rows", tensors, 1)[0], extra={})
+    assert [path.name for path in find(tmp_path)][-1] == "step-00000001"
+    assert "waiting for the last checkpoint" in caplog.text
+    changed(tensors)
+    assert_holds(background.wait(), some_tensors(2))
+    assert_holds(tmp_path / "step-00000001", some_tensors(1))
+
+
+def test_a_failure_is_heard_of_once_and_the_next_save_works(tmp_path):
+    fails = [True]
+
+    def hook(operation, path):
+        if operation == "sync" and fails and fails.pop():
+            raise OSError(5, "Input/output error")
+
+    state = cut("rows", some_tensors(), 1)[0]
+    background = Background(World(), tmp_path, files=Files(hook))
+    background.start(1, state, extra={})
+    with pytest.raises(SaveError, match="Input/output error"):
+        poll_until_done(background)
+    assert background.poll() is None
+    assert list(tmp_path.iterdir()) == []
+    background.start(2, state, extra={})
+    assert verify(background.wait()).is_good
+
+
+def test_a_copy_that_cannot_be_made_is_a_failure_of_the_save(tmp_path):
+    background = Background(World(), tmp_path)
+    state = cut("rows", some_tensors(), 1)[0]
+    odd = replace(state.pieces[0], data=torch.empty(7, 5, device="meta"))  # nothing can be copied from it
+    background.start(1, EngineState([odd, *state.pieces[1:]], {}), extra={})
+    with pytest.raises(SaveError, match="meta"):
+        background.wait()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_was_reserved_is_what_is_used(tmp_path):
+    state = cut("rows", some_tensors(), 1)[0]
+    background = Background(World(), tmp_path)
+    background.reserve(1 << 16)
+    before = background._buffer.data_ptr()
+    for step in (1, 2):
+        background.start(step, state, extra={})
+        background.wait()
+    assert background._buffer.data_ptr() == before
+
+
+@pytest.mark.parametrize("operation", ["mkdir", "create", "write", "sync", "rename", "sync folder", None])
+def test_a_kill_leaves_the_old_or_the_new(tmp_path, operation):
+    """While it is copied (None), while it is written, before and after it is committed."""
+    saved(tmp_path, 1, cut("rows", some_tensors(1), 1))
+
+    def die(happening, path):
+        if happening == operation and (operation != "sync folder" or path == tmp_path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def save_and_die():
+        background = Background(World(), tmp_path, files=Files(die))
+        if operation is None:
+            background.reserve = lambda num_bytes: os.kill(os.getpid(), signal.SIGKILL)
+        background.start(2, cut("rows", some_tensors(2), 1)[0], extra={})
+        background.wait()
+
+    assert os.WTERMSIG(in_a_fork(save_and_die)) == signal.SIGKILL
+    newest = find(tmp_path)[0]
+    assert newest.name == ("step-00000002" if operation == "sync folder" else "step-00000001")
+    assert verify(newest).is_good
+
+
+def test_without_memory_for_a_copy_the_training_waits(tmp_path, caplog):
+    files = Files()
+    files.free_memory = lambda: 1000
+    background = Background(World(), tmp_path, files=files)
+    tensors = some_tensors(1)
+    background.start(1, cut("rows", tensors, 1)[0], extra={})
+    changed(tensors)
+    assert_holds(background.poll(), some_tensors(1))
+    assert "and 1,000 are free: the training waits" in caplog.text
+    assert background._buffer.numel() == 0
+    assert Files().free_memory() > 1 << 20
+
+
+def test_waiting_for_nothing_is_nothing(tmp_path):
+    background = Background(World(), tmp_path)
+    assert background.wait() is None
+    assert background.poll() is None
