@@ -26,7 +26,12 @@ import torch.distributed as dist
 
 from bigtrain.errors import BigtrainError, RankError
 
-_PRELOAD = ("torch", "torch.distributed.fsdp", "torch.nn.parallel", "torchmetrics", "bigtrain.loop")
+_PRELOAD = ["torch", "torch.distributed.fsdp", "torch.nn.parallel", "torchmetrics", "bigtrain.loop"]
+
+
+def preload(module: str) -> None:
+    """Import a module once, in the process that ranks are forked from. It counts before the first ranks are started."""
+    _PRELOAD.append(module)
 
 
 def run_ranks(
@@ -53,7 +58,7 @@ def run_ranks(
         BigtrainError: What a rank raised, if it is one of ours.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOAD))
+    context.set_forkserver_preload(_PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         receivers, processes = [], []
         for rank in range(world_size):

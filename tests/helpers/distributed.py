@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
-from bigtrain.processes import run_ranks
+from bigtrain.processes import preload, run_ranks
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read where deepspeed is imported
+preload("deepspeed")  # some seconds, which every rank of every test would take
 
 
 def run_distributed(func: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 180.0) -> list[Any]:
