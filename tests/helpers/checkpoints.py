@@ -173,10 +173,14 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def in_a_fork(function: Callable[[], Any]) -> int:
-    """Run a function in a forked process: its exit status, as waitpid has it."""
+    """Run a function in a forked process: its exit status, as waitpid has it.
+
+    With one thread: those that torch had before the fork are not there, and waiting for them would not end.
+    """
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)
             function()
             os._exit(0)
         except BaseException:
