@@ -103,8 +103,7 @@ class TrainLoader:
             DataError: If `start` lies outside the dataset, or a sample cannot be read.
         """
         for plan, data in self._fetcher.run(self._planner.steps(start)):
-            microbatches = [_batch(each, found) for each, found in zip(plan.microbatches, data, strict=True)]
-            yield StepBatch(microbatches, plan.epoch, plan.step_in_epoch, plan.num_samples, plan.end)
+            yield StepBatch(list(map(_batch, plan.microbatches, data)), *plan[1:])
 
     def close(self) -> None:
         """End the workers."""
@@ -195,7 +194,8 @@ def _fetcher(reader: Reader, workers: int) -> Fetcher:
 
 
 def _batch(plan: MicrobatchPlan, data: Any) -> Batch:
-    return Batch(data, _weight(len(plan.indices), plan.num_valid), plan.num_valid, plan.indices)
+    indices, num_valid = plan
+    return Batch(data, _weight(len(indices), num_valid), num_valid, indices)
 
 
 @lru_cache(maxsize=64)

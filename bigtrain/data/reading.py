@@ -50,7 +50,10 @@ class Reader:
             DataError: If a sample cannot be read, naming it, or the samples do not fit into one batch.
         """
         if self._read_many is not None:
-            samples = self._many(self._read_many, indices)
+            try:
+                samples = self._read_many(indices)
+            except Exception as error:
+                raise self._culprit(indices, error) from error
         elif self._is_random:
             with untouched_generators():
                 samples = [self._seeded(epoch, index) for index in indices]
@@ -63,13 +66,11 @@ class Reader:
         except Exception as error:
             raise _cannot_collate(indices, error) from error
 
-    def _many(self, read_many: Callable[[list[int]], Any], indices: list[int]) -> Any:
-        try:
-            return read_many(indices)
-        except Exception as error:
-            for index in indices:  # one by one, only to find the one that fails
-                self._one(index)
-            raise cannot_read(indices, error) from error
+    def _culprit(self, indices: list[int], error: Exception) -> DataError:
+        """The error for a batch that cannot be read; its samples are read one by one, to find the one that fails."""
+        for index in indices:
+            self._one(index)
+        return cannot_read(indices, error)
 
     def _seeded(self, epoch: int, index: int) -> Any:
         seed_generators(self._seed, epoch, index)
