@@ -202,7 +202,7 @@ def compare_compiled(layout: str) -> None:
     """Compiled blocks give the same numbers, in as many graphs as there are modes: training, evaluation."""
     with join("cpu", needs_group=layout != "single") as world:
         finals = []
-        warnings.filterwarnings("ignore", "The .grad attribute")  # torch asks for it itself, while it traces
+        warnings.simplefilter("ignore")  # those of torch itself, while it compiles
         for compiled in (False, True):
             torch._dynamo.reset()
             torch._dynamo.utils.counters.clear()
