@@ -145,6 +145,11 @@ def checkpoint_activations(blocks: Sequence[nn.Module], recompute: str | int) ->
         block.forward = partial(checkpoint, block.forward, **settings)
 
 
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler, which torch.compile and DeepSpeed's Adam for the host need."""
+    return any(shutil.which(name) for name in ("g++", "c++"))
+
+
 def compile_forward(modules: Sequence[nn.Module], *, fullgraph: bool) -> None:
     """Let torch.compile have the forward of each module, for shapes that never change.
 
@@ -165,7 +170,7 @@ def compile_forward(modules: Sequence[nn.Module], *, fullgraph: bool) -> None:
             where="compile",
             remedy="set compile=model, or let the model answer blocks()",
         )
-    if shutil.which("g++") is None and shutil.which("c++") is None:
+    if not has_compiler():
         raise SetupError(
             "torch.compile needs a C++ compiler, and there is none",
             where="compile",

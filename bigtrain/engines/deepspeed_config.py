@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import nn
 from bigtrain.engines.base import Choices, Zero
 from bigtrain.errors import CombinationError, SetupError
 from bigtrain.optim import OptimizerPlan
+from bigtrain.prepare import has_compiler
 
 # Earlier versions fail in backward where stage 3 meets frozen parameters and activation checkpointing.
 _OLDEST = (0, 19, 3)
@@ -200,7 +200,7 @@ def _check_offload(plan: OptimizerPlan, zero: Zero) -> None:
             where=f"optim.args.{unknown[0]}",
             remedy="take it out, or set engine.deepspeed.offload_optimizer=none",
         )
-    if shutil.which("g++") is None and shutil.which("c++") is None:
+    if not has_compiler():
         raise SetupError(
             "DeepSpeed compiles its Adam for the host, and there is no C++ compiler",
             where="engine.deepspeed.offload_optimizer",
