@@ -9,6 +9,10 @@ import typer
 
 from bigtrain.cli.config import Overrides, RunFile
 
+NumProcesses = Annotated[
+    int | None, typer.Option("--nproc", min=1, help="Processes on this machine, instead of launch.nproc.")
+]
+
 
 def train(run_file: RunFile, overrides: Overrides = None) -> None:
     """Train in this process, or as one rank where a launcher set RANK and WORLD_SIZE."""
@@ -58,9 +62,7 @@ def launch(
     context: typer.Context,
     run_file: RunFile,
     overrides: Overrides = None,
-    nproc: Annotated[
-        int | None, typer.Option("--nproc", min=1, help="Processes on this machine, instead of launch.nproc.")
-    ] = None,
+    nproc: NumProcesses = None,
 ) -> None:
     """Start the run on this machine in several processes, through torchrun."""
     from contextlib import suppress

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from bigtrain.cli.config import Overrides, RunFile
-from bigtrain.cli.train import leave_at_once
+from bigtrain.cli.train import NumProcesses, leave_at_once
 
 if TYPE_CHECKING:
     from bigtrain.rehearsal import Rehearsal
@@ -18,9 +18,7 @@ def try_run(
     context: typer.Context,
     run_file: RunFile,
     overrides: Overrides = None,
-    nproc: Annotated[
-        int | None, typer.Option("--nproc", min=1, help="Processes on this machine, instead of launch.nproc.")
-    ] = None,
+    nproc: NumProcesses = None,
 ) -> None:
     """Try the run out: two steps, an evaluation, a save, a load and the step after it, in its own processes.
 
