@@ -26,6 +26,7 @@ from bigtrain.parity.compare import (
     BF16_FIRST_LOSS,
     BF16_FIRST_NORM,
     BF16_MOST_DISTANCE,
+    FROZEN,
     TOLERANCES,
     StepDifference,
     Tolerance,
@@ -265,6 +266,9 @@ def judge_bf16(variant: Variant, differences: Sequence[StepDifference], single: 
     farthest = max(differences, key=lambda d: d.parameters)
     multiple = farthest.parameters / max(*(d.parameters for d in single), 1e-30)
     verdict = Verdict(variant, len(differences), loss, norm, multiple)
+    moved = next((step for step, d in enumerate(differences) if d.moved), None)
+    if moved is not None:
+        return replace(verdict, failed_at=moved + 1, failed_what=FROZEN, worst=differences[moved].moved)
     if not loss <= BF16_FIRST_LOSS:
         return replace(verdict, failed_at=1, failed_what="loss", worst="")
     if not norm <= BF16_FIRST_NORM:

@@ -71,6 +71,8 @@ TOLERANCES = {"fp32": Tolerance(1e-5, 1e-4), "fp64": Tolerance(1e-10, 1e-10)}
 # bf16 is chaotic after its first step. In that one, loss and norm are compared with those of the engine single in bf16;
 # over all steps, the parameters' distance from fp32 is held against that engine's.
 BF16_FIRST_LOSS, BF16_FIRST_NORM, BF16_MOST_DISTANCE = 1e-6, 1e-3, 1.5
+# Nothing computes a frozen parameter: it has no tolerance in any precision.
+FROZEN = "frozen parameter"
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class StepDifference:
         worst: The parameter that is furthest off.
         worst_difference: How far that one is.
         values: The loss and the norm themselves.
+        moved: A frozen parameter that is not what it was, to the last bit.
     """
 
     loss: float
@@ -92,9 +95,12 @@ class StepDifference:
     worst: str
     worst_difference: float
     values: tuple[float, float]
+    moved: str | None = None
 
     def exceeds(self, tolerance: Tolerance) -> str | None:
-        """What is out of tolerance first: loss, then norm, then parameters."""
+        """What is out of tolerance first: a frozen parameter, loss, norm, all parameters."""
+        if self.moved:
+            return FROZEN
         for what, value, limit in (
             ("loss", self.loss, tolerance.scalar),
             ("gradient norm", self.norm, tolerance.scalar),
@@ -181,7 +187,8 @@ def difference_of(
     """Put one step's numbers in relation to the reference's."""
     counted = {name: pair for name, pair in squares.items() if name not in apart}
     ratios = {name: _ratio(*pair) for name, pair in counted.items()}
-    worst = max(ratios, key=lambda name: ratios[name] if ratios[name] == ratios[name] else math.inf)
+    moved = next((name for name in reference.frozen if squares[name][0] != 0), None)
+    worst = moved or max(ratios, key=lambda name: ratios[name] if ratios[name] == ratios[name] else math.inf)
     together = _ratio(sum(d for d, _ in counted.values()), sum(s for _, s in counted.values()))
     return StepDifference(
         _relative(loss, reference.losses[step]),
@@ -190,6 +197,7 @@ def difference_of(
         worst,
         ratios[worst],
         (loss, norm),
+        moved,
     )
 
 

@@ -40,6 +40,7 @@ class Trajectory:
         layout: Where each parameter lies in such a file: name -> (offset in elements, shape).
         dtype: Of the files.
         gradients: Those of the first step, by name.
+        frozen: The parameters that are not trained.
     """
 
     losses: list[float]
@@ -48,6 +49,7 @@ class Trajectory:
     layout: dict[str, tuple[int, tuple[int, ...]]]
     dtype: str
     gradients: dict[str, Tensor]
+    frozen: list[str]
 
     def parameters(self, step: int) -> dict[str, np.ndarray]:
         """The parameters after a step, from 0, as views of the file."""
@@ -77,7 +79,8 @@ def train_plainly(
     layout, offset = {}, 0
     for name, p in model.named_parameters():
         layout[name], offset = (offset, tuple(p.shape)), offset + p.numel()
-    trajectory = Trajectory([], [], folder, layout, str(next(model.parameters()).dtype), {})
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    trajectory = Trajectory([], [], folder, layout, str(next(model.parameters()).dtype), {}, frozen)
     folder.mkdir(parents=True)
     batches = _batches(config, dataset, steps_per_epoch)
     for step in range(steps):

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from bigtrain import parity
 from bigtrain.config.loader import from_dict
 from bigtrain.config.schema import Config
-from bigtrain.errors import CombinationError
+from bigtrain.errors import CombinationError, RankError
+from bigtrain.parity import Verdict
 from tests.helpers import faults, zoo
 
 
@@ -120,8 +121,8 @@ def config(model: str = "Small", **changes: Any) -> Config:
 @pytest.mark.slow
 def test_engines_are_the_same() -> None:
     names = ["single", "ddp", "fsdp"]
-    report = parity.run(config(), steps=10, engines=names, precisions=["fp32", "fp64"], compiles=False)
-    assert [verdict.outcome for verdict in report.verdicts] == ["same"] * 30
+    report = parity.run(config(), steps=10, engines=names, compiles=False)
+    assert [verdict.outcome for verdict in report.verdicts] == ["same"] * 45
     assert report.exit_code == 0
     variants = {str(verdict.variant) for verdict in report.verdicts}
     assert variants >= {"fsdp × 2, accumulation 2, fp64", "single × 1, accumulation 1, fp32"}
@@ -135,24 +136,59 @@ FAULTS = {
     "clipping per rank": (faults.clipping_per_rank, "parameters"),
     "decay on norms": (faults.decay_on_norms, "parameters"),
     "two swapped samples": (faults.two_swapped_samples, "loss"),
-    "a frozen parameter that moves": (faults.frozen_parameter_that_moves, "parameters"),
+    "a frozen parameter that moves": (faults.frozen_parameter_that_moves, "frozen parameter"),
     "a learning rate off by one step": (faults.learning_rate_off_by_one_step, "parameters"),
 }
+
+
+def measured_with(fault: Any, engine: str, precision: str) -> Verdict:
+    """The verdict on an engine in two processes with a fault planted."""
+    report = parity.run(
+        config(),
+        steps=8,
+        engines=[engine],
+        world_sizes=[2],
+        accumulations=[2],
+        precisions=[precision],
+        compiles=False,
+        tamper=fault,
+    )
+    assert report.exit_code == (1 if report.verdicts[0].outcome == "differs" else 0)
+    return report.verdicts[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_finds_a_planted_fault(name: str) -> None:
-    tamper, first_sign = FAULTS[name]
-    report = parity.run(
-        config(), steps=8, engines=["fsdp"], world_sizes=[2], accumulations=[2], precisions=["fp64"], tamper=tamper
-    )
-    verdict = report.verdicts[0]
-    assert report.exit_code == 1
+    fault, first_sign = FAULTS[name]
+    verdict = measured_with(fault, "fsdp", "fp64")
     assert verdict.outcome == "differs"
     assert verdict.failed_at in (1, 2)
     assert verdict.failed_what == first_sign
     assert verdict.worst
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_finds_a_planted_fault_in_deepspeed(name: str) -> None:
+    fault, _ = {**FAULTS, "clipping per rank": (faults.clipping_per_rank_in_deepspeed, "")}[name]
+    assert measured_with(fault, "deepspeed:2", "fp32").outcome == "differs"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [
+        *((name, "fsdp") for name in FAULTS if name != "decay on norms"),  # which is less than bf16 rounds
+        *(("gradients off by 1 %", engine) for engine in ("ddp", "deepspeed:2", "deepspeed:3")),
+        *(("a frozen parameter that moves", engine) for engine in ("ddp", "deepspeed:2", "deepspeed:3")),
+    ],
+)
+def test_finds_a_planted_fault_in_bf16(name: str, engine: str) -> None:
+    verdict = measured_with(FAULTS[name][0], engine, "bf16")
+    assert verdict.outcome == "differs"
+    if name == "gradients off by 1 %":
+        assert (verdict.failed_at, verdict.failed_what) == (1, "gradient norm")
 
 
 def test_a_users_own_samples_spare_layer_optimizer_and_data_workers() -> None:
@@ -212,12 +248,10 @@ def test_command_on_the_run_files(name: str, changes: list[str], options: list[s
     assert len(found["verdicts"]) == count
 
 
-def test_bf16_that_is_not_the_same_is_found() -> None:
-    """Gradients off by 1 % are more than rounding, in bf16 too."""
-    options = {"steps": 6, "engines": ["ddp"], "world_sizes": [1], "accumulations": [1], "precisions": ["bf16"]}
-    assert parity.run(config(), **options).exit_code == 0
-    report = parity.run(config(), tamper=faults.gradients_off_by_one_percent, **options)
-    assert report.exit_code == 1
+@pytest.mark.slow
+def test_a_fault_that_no_engine_meets_is_an_error_of_the_test() -> None:
+    with pytest.raises(RankError, match="planted where nothing passes"):
+        measured_with(faults.clipping_per_rank, "deepspeed:2", "bf16")
 
 
 def test_command_refuses_an_engine_it_does_not_know() -> None:
