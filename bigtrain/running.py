@@ -21,7 +21,7 @@ from bigtrain.loop import Hook, Loop, Outcome, StepInfo, Tracker
 from bigtrain.prepare import COMPUTE_DTYPES, DTYPES
 from bigtrain.protocols import Dataset, Task
 from bigtrain.tracking.console import Console
-from bigtrain.tracking.jsonl import MetricsFile
+from bigtrain.tracking.making import check_trackers, make_trackers
 from bigtrain.tracking.mfu import Utilisation, WithMFU, utilisation
 from bigtrain.trainer import Subject, Training, assemble
 
@@ -108,6 +108,7 @@ def _train(config: Config, subject: Subject, hooks: Sequence[Hook], failing: Fai
     failing.rank = int(os.environ.get("RANK", 0))
     if failing.rank == 0:
         runs.check_free(config.run.dir, config.run.name)
+        check_trackers(config)
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     engine, _ = engines.choose(config.engine.name, num_processes)
     with (
@@ -125,7 +126,7 @@ def _train(config: Config, subject: Subject, hooks: Sequence[Hook], failing: Fai
             log = folder.logs / "rank-00000.stdout"
             console = Console(training.cadence.total_steps, config.track.progress, log)
             console.say(_first_lines(training))
-            trackers = _with_mfu([MetricsFile(folder.metrics), console], training, console)
+            trackers = _with_mfu([*_trackers(config, folder, training, console), console], training, console)
             outcome = _run(training, trackers, hooks, failing)
             _finish(folder, outcome, training, console)
     return Run(path, outcome, model)
@@ -142,6 +143,12 @@ def _run(training: Training, trackers: Sequence[Any], hooks: Sequence[Hook], fai
     finally:
         for tracker in trackers:
             tracker.close()
+
+
+def _trackers(config: Config, folder: runs.RunFolder, training: Training, console: Console) -> list[Tracker]:
+    engine, world_size = training.engine.name, training.world.size
+    log = folder.logs / "trackers.log"
+    return make_trackers(config, folder.path, log, console.say, engine=engine, world_size=world_size)
 
 
 def _with_mfu(trackers: Sequence[Tracker], training: Training, console: Console) -> Sequence[Tracker]:

@@ -27,5 +27,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests do not inherit a launcher's variables."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")  # unless a test asks for it
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "BIGTRAIN_ATTEMPT_DIR"):
         monkeypatch.delenv(name, raising=False)

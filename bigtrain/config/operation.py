@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from bigtrain.config.fields import Available, ListOf, Section, refuse
+from bigtrain.config.fields import Available, ListOf, Named, Patterns, Section, refuse
 
 
 class Fsdp(Section):
@@ -139,6 +139,40 @@ class Eval(Section):
         return value
 
 
+class Wandb(Section):
+    """Whether and how numbers go to Weights & Biases."""
+
+    shorthand = "mode"
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """online, offline (files in the run folder, to be sent later), disabled; auto: online where a login exists."""
+
+    project: str | None = None
+    """The project there; null: the variable WANDB_PROJECT, or bigtrain."""
+
+    entity: str | None = None
+    """The user or team there; null: the login's own."""
+
+    group: str | None = None
+    """The group of runs that it is shown in."""
+
+    tags: Patterns = ()
+    """Tags, beside those for the engine, the number of processes and the precision."""
+
+    upload_checkpoints: bool = False
+    """Upload checkpoints; false: tell W&B where they lie."""
+
+
+class TensorBoard(Section):
+    """What TensorBoard is given beside the numbers."""
+
+    histograms_every: PositiveInt | None = None
+    """Optimizer steps between two histograms of every weight; null: none."""
+
+    graph: bool = False
+    """Write the graph of the model once."""
+
+
 class Track(Section):
     """Where the numbers go."""
 
@@ -146,13 +180,19 @@ class Track(Section):
     """Optimizer steps between two lines of the log and of metrics.jsonl."""
 
     progress: Literal["auto", "bar", "plain", "none"] = "auto"
-    """What the terminal shows; auto draws a bar on a terminal and writes plain lines elsewhere."""
+    """What the terminal shows; auto draws a live view on a terminal and writes plain lines elsewhere."""
 
-    wandb: Annotated[Literal["auto", "online", "offline", "disabled"], Available("disabled")] = "disabled"
-    """Whether numbers go to Weights & Biases; auto: where it is installed and logged in."""
+    wandb: Wandb = Field(default_factory=Wandb)
+    """Weights & Biases: auto, online, offline, disabled, or {mode, project, entity, …}."""
 
-    tensorboard: Annotated[bool, Available(False)] = False
-    """Whether numbers go to TensorBoard's files."""
+    tensorboard: bool | TensorBoard = False
+    """Whether numbers go to TensorBoard's files, or {histograms_every, graph}."""
+
+    trackers: ListOf[Named] = ()
+    """Trackers of your own, pkg.mod:Class or {name, args}: log(row) takes a row, close() ends it."""
+
+    report: bool = True
+    """Write report.html when the run ends."""
 
 
 class Health(Section):

@@ -22,7 +22,9 @@ from bigtrain.config.operation import (
     Health,
     Launch,
     Profile,
+    TensorBoard,
     Track,
+    Wandb,
 )
 from bigtrain.config.training import (
     Data,
@@ -60,10 +62,12 @@ __all__ = [
     "Run",
     "Schedule",
     "Section",
+    "TensorBoard",
     "Track",
     "Train",
     "Transforms",
     "Unfreeze",
+    "Wandb",
 ]
 
 

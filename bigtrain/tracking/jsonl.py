@@ -3,30 +3,86 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from bigtrain.runs import to_json
+from bigtrain.tracking.base import kind_of
+
+# What waits for a disk that is full; the oldest lines are given up after that.
+_MOST_WAITING = 100_000
 
 
 class MetricsFile:
-    """Appends lines of numbers to a file.
+    """Appends rows to a file, each of which is there whole or not at all.
 
     Floats are written so that they read back to the last bit; those that JSON does not know as "nan", "inf" and "-inf".
+    Where the disk takes nothing, training goes on, lines wait in memory, and that is said once.
 
     Args:
-        path: The file; made if it does not exist.
+        path: The file; made with its first line. A last line that a kill has cut off is taken away.
+        say: Tells the user.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
+        self._path, self._say = path, say
+        self._file: int | None = None
+        self._size = 0
+        self._waiting: deque[bytes] = deque(maxlen=_MOST_WAITING)
+        self._has_complained = False
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one line."""
-        self._file.write(json.dumps(to_json(row), separators=(",", ":"), allow_nan=False) + "\n")
-        self._file.flush()
+        if kind_of(row) == "histograms":
+            return
+        text = json.dumps(to_json(row), separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+        self._waiting.append(text.encode() + b"\n")
+        try:
+            self._write()
+        except OSError as error:
+            if not self._has_complained:
+                self._has_complained = True
+                self._say(f"warning: {self._path}: {error.strerror}; training goes on, and lines wait")
+
+    def _write(self) -> None:
+        if self._file is None:
+            self._file, self._size = _open(self._path)
+        while self._waiting:
+            line = self._waiting[0]
+            written = os.write(self._file, line)
+            if written < len(line):  # the disk filled up in the middle of it
+                os.ftruncate(self._file, self._size)
+                written = os.write(self._file, line)
+                if written < len(line):
+                    os.ftruncate(self._file, self._size)
+                    raise OSError(28, "No space left on device")
+            self._size += written
+            self._waiting.popleft()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Write what waits, if the disk takes it, and close the file."""
+        if self._waiting:
+            try:
+                self._write()
+            except OSError as error:
+                self._say(f"warning: {len(self._waiting)} lines of {self._path} are lost: {error.strerror}")
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def _open(path: Path) -> tuple[int, int]:
+    """The file, to append to, and its size; a line that was cut off is cut away, as no line could follow it."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    size = os.fstat(file).st_size
+    end = size
+    while end and os.pread(file, 1, end - 1) != b"\n":
+        start = max(0, end - 65536)
+        newline = os.pread(file, end - start, start).rfind(b"\n")
+        end = start + newline + 1 if newline >= 0 else start
+    if end < size:
+        os.ftruncate(file, end)
+    return file, end

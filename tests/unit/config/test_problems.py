@@ -265,8 +265,6 @@ NOT_BUILT = {
     "checkpoint.resume": "auto",
     "checkpoint.weights": "trainable",
     "checkpoint.on_full": "continue",
-    "track.wandb": "offline",
-    "track.tensorboard": "true",
     "health.hang_timeout_s": 600,
     "health.startup_timeout_s": 1800,
     "profile": "{steps: [1, 2]}",

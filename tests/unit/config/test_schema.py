@@ -33,7 +33,8 @@ finetune.unfreeze[].lr_scale finetune.layer_decay
 checkpoint.every_steps checkpoint.every_minutes checkpoint.at_end checkpoint.keep checkpoint.keep_every
 checkpoint.background checkpoint.resume checkpoint.weights checkpoint.on_full
 eval.every_epochs eval.every_steps eval.max_batches
-track.log_every track.progress track.wandb track.tensorboard
+track.log_every track.progress track.wandb.mode track.wandb.project track.wandb.entity track.wandb.group
+track.wandb.tags track.wandb.upload_checkpoints track.tensorboard track.trackers track.report
 health.hang_timeout_s health.startup_timeout_s health.on_nonfinite profile.steps
 launch.target launch.nproc launch.nodes launch.profile launch.max_restarts
 """,
@@ -181,7 +182,7 @@ def test_the_json_schema_tells_as_much_as_the_keys_do():
     }
     assert not [key for key, text in described.items() if not text]
     assert described["Optim", "lr"] == "The learning rate, before the schedule's factor."
-    assert schema["$defs"]["Track"]["properties"]["wandb"]["x-available"] == ["disabled"]
+    assert schema["$defs"]["Checkpoint"]["properties"]["weights"]["x-available"] == ["all"]
     assert {"type": "string"} in schema["$defs"]["Named"]["anyOf"]
     assert {"base", "run", "launch"} <= schema["properties"].keys()
     assert schema["additionalProperties"] is False

@@ -1,0 +1,189 @@
+"""Trackers in a process of their own, fed through a pipe that nobody waits for.
+
+W&B takes a third of a millisecond of Python for a row, and may hang, refuse or die. Beside the training it may do so:
+the training process writes a line into a pipe, and where the pipe is full keeps it for later. When the training is
+killed, the other process sees the pipe end, writes what it has, and leaves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bigtrain.runs import to_json
+from bigtrain.tracking.base import TrackedRun
+
+# What waits for trackers that are slow or not there yet; what comes after that is left out, and said.
+_MOST_WAITING = 20_000
+# How long the end of a run may wait for trackers, and when the user is told that it does.
+_SECONDS_TO_CLOSE, _SECONDS_TO_TELL = 28.0, 4.0
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tracker to be made in the other process.
+
+    Attributes:
+        name: What the user calls it.
+        factory: `package.module:Class`; its argument `run`, if it takes one, is the `TrackedRun`.
+        args: Its other arguments.
+    """
+
+    name: str
+    factory: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Outside:
+    """A tracker that hands every row to others, in a process of their own.
+
+    Args:
+        specs: The trackers.
+        run: What they may know.
+        log: The file that what they print goes to.
+        say: Tells the user, a line at a time.
+        seconds_to_close: The most that the end of the run waits for them.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[Spec],
+        run: TrackedRun,
+        log: Path,
+        say: Callable[[str], None],
+        seconds_to_close: float = _SECONDS_TO_CLOSE,
+    ) -> None:
+        self._say, self._seconds_to_close = say, seconds_to_close
+        self._names = ", ".join(spec.name for spec in specs)
+        self._waiting: deque[bytes] = deque()
+        self._left_out = 0
+        self._heard = b""
+        self._is_done = False
+        first = {"trackers": [asdict(spec) for spec in specs], "run": asdict(run)}
+        self._waiting.append(_line(first))
+        with log.open("ab") as output:
+            # Its own session: what interrupts the training must not take the last numbers with it.
+            self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
+                [sys.executable, "-m", "bigtrain.tracking.helper"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                start_new_session=True,
+                env=_environment(),
+            )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._in, self._out = self._process.stdin.fileno(), self._process.stdout.fileno()
+        os.set_blocking(self._in, False)
+        os.set_blocking(self._out, False)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Hand a row over, or keep it until it can be."""
+        if self._process is None:
+            return
+        if len(self._waiting) < _MOST_WAITING:
+            self._waiting.append(_line(row))
+        else:
+            self._left_out += 1
+            if self._left_out == 1:
+                self._say(f"warning: {self._names} cannot keep up, and rows are left out; metrics.jsonl has them all")
+        self._pass_on()
+        self._listen()
+
+    def close(self) -> None:
+        """Wait until everything has been taken, but not for long."""
+        if self._process is None:
+            return
+        self._waiting.append(_line({"close": True}))
+        until, told_at = time.monotonic() + self._seconds_to_close, time.monotonic() + _SECONDS_TO_TELL
+        while self._process is not None and not self._is_done and (left := until - time.monotonic()) > 0:
+            writing = [self._in] if self._waiting else []
+            select.select([self._out], writing, [], min(left, 0.1))
+            self._pass_on()
+            self._listen()
+            if time.monotonic() > told_at:
+                told_at = until
+                self._say(f"waiting for {self._names}, {self._seconds_to_close - _SECONDS_TO_TELL:.0f} s at most")
+        if self._process is not None:
+            if not self._is_done:
+                self._say(f"warning: {self._names} did not end in time; their process was ended")
+            self._end()
+
+    def _pass_on(self) -> None:
+        """Write what the pipe takes."""
+        while self._waiting and self._process is not None:
+            line = self._waiting[0]
+            try:
+                written = os.write(self._in, line)
+            except BlockingIOError:
+                return
+            except BrokenPipeError:
+                self._listen()
+                self._lost()
+                return
+            if written < len(line):
+                self._waiting[0] = line[written:]
+                return
+            self._waiting.popleft()
+
+    def _listen(self) -> None:
+        """Tell the user what the other process has to tell."""
+        while self._process is not None:
+            try:
+                part = os.read(self._out, 65536)
+            except BlockingIOError:
+                return
+            if not part:
+                self._lost()
+                return
+            *lines, self._heard = (self._heard + part).split(b"\n")
+            for line in lines:
+                message = json.loads(line)
+                if "say" in message:
+                    self._say(message["say"])
+                self._is_done = self._is_done or message.get("done", False)
+
+    def _lost(self) -> None:
+        if self._process is not None and not self._is_done:
+            code = self._process.poll()
+            self._say(
+                f"warning: the process of {self._names} ended"
+                + (f" by signal {signal.Signals(-code).name}" if code is not None and code < 0 else "")
+                + "; training goes on, and metrics.jsonl has every number"
+            )
+            self._end()
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        assert process is not None
+        if not self._is_done:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for stream in (process.stdin, process.stdout):
+            with suppress(OSError):
+                stream.close()  # type: ignore[union-attr]
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(to_json(row), separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def _environment() -> dict[str, str]:
+    """That of this process, with all places where it finds modules: a tracker of the user's own may lie there."""
+    # A notebook that uses wandb itself has a service of its own, which is not to be shared.
+    mine = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
+    return {**mine, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}

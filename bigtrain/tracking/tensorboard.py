@@ -1,0 +1,66 @@
+"""TensorBoard's files, written by its own writer; torch is not needed for that."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bigtrain.errors import SetupError
+from bigtrain.tracking.base import TrackedRun, flat, kind_of
+
+
+class TensorBoard:
+    """Writes rows to <run folder>/tensorboard, under the names that W&B shows.
+
+    Args:
+        run: The run. What an earlier start wrote of steps that are taken again, TensorBoard leaves out.
+    """
+
+    def __init__(self, run: TrackedRun) -> None:
+        try:
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        except ImportError:
+            raise SetupError(
+                "TensorBoard is not installed", where="track.tensorboard", remedy='pip install "bigtrain[tensorboard]"'
+            ) from None
+        self._events, self._summaries = event_pb2, summary_pb2
+        self._writer = EventFileWriter(str(Path(run.path) / "tensorboard"), flush_secs=10)
+        if run.step:
+            started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._write(run.step + 1, time.time(), session_log=started)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Write one row."""
+        kind = kind_of(row)
+        if kind == "event":
+            return
+        if kind == "histograms":
+            values = [self._histogram(f"weights/{name}", held) for name, held in row["histograms"].items()]
+        else:
+            make = self._summaries.Summary.Value
+            values = [make(tag=name, simple_value=value) for name, value in flat(row).items()]
+        when = row.get("time") or time.time()
+        self._write(row["step"], when, summary=self._summaries.Summary(value=values))
+
+    def _write(self, step: int, when: float, **what: Any) -> None:
+        self._writer.add_event(self._events.Event(wall_time=when, step=step, **what))
+
+    def _histogram(self, name: str, held: Mapping[str, Any]) -> Any:
+        edges, counts = held["edges"], held["counts"]
+        proto = self._summaries.HistogramProto(
+            min=held["min"],
+            max=held["max"],
+            num=sum(counts),
+            sum=held["sum"],
+            sum_squares=held["sum_squares"],
+            bucket_limit=edges[1:],
+            bucket=counts,
+        )
+        return self._summaries.Summary.Value(tag=name, histo=proto)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()

@@ -1,0 +1,192 @@
+"""Trackers in their own process: rows reach them, and whatever they do, the one who logs never waits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from bigtrain.tracking.base import TrackedRun
+from bigtrain.tracking.outside import Outside, Spec
+from tests.helpers.wandb_server import wait_until
+
+ROOT = Path(__file__).parents[3]
+# A user's trackers, one of each temper.
+TRACKERS = '''
+import json, os, sys, time
+
+class Kind:
+    """Keeps rows in a file."""
+    def __init__(self, run, path, after=""):
+        self.file, self.run, self.after = open(path, "w"), run, after
+    def log(self, row):
+        print(json.dumps(row), file=self.file, flush=True)
+    def close(self):
+        print(json.dumps({"closed": self.run.name, "after": self.after}), file=self.file, flush=True)
+
+class Failing(Kind):
+    def log(self, row):
+        raise RuntimeError("no room\\nat the inn")
+
+class Leaving(Kind):
+    def log(self, row):
+        sys.exit(3)
+
+class Dying(Kind):
+    def log(self, row):
+        os.kill(os.getpid(), 9)
+
+class Hanging(Kind):
+    def log(self, row):
+        time.sleep(1000)
+    close = log
+
+class Loud(Kind):
+    def log(self, row):
+        print("x" * 100_000)
+        sys.stderr.write("y" * 100_000)
+        super().log(row)
+'''
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "my_trackers.py").write_text(TRACKERS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def start(folder: Path, *tempers: str, said: list[str], seconds: float = 28.0) -> Outside:
+    specs = [Spec(t, f"my_trackers:{t}", {"path": str(folder / f"{t}{i}")}) for i, t in enumerate(tempers)]
+    return Outside(specs, TrackedRun(str(folder), "mine"), folder / "log", said.append, seconds)
+
+
+def kept(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_arrive_in_order_and_floats_whole(folder: Path) -> None:
+    said: list[str] = []
+    outside = start(folder, "Kind", "Kind", said=said)
+    rows = [{"step": step, "loss": 0.1 + step / 3, "note": "ä"} for step in range(500)] + [{"step": 500, "loss": 1e400}]
+    for row in rows:
+        outside.log(row)
+    outside.close()
+    for name in ("Kind0", "Kind1"):
+        assert kept(folder / name) == [*rows, {"closed": "mine", "after": ""}]
+    assert said == []
+    assert (folder / "log").read_text() == ""
+
+
+def test_what_they_print_goes_to_the_log(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    outside = start(folder, "Loud", said=said)
+    for step in range(20):
+        outside.log({"step": step})
+    outside.close()
+    assert len(kept(folder / "Loud0")) == 21
+    assert capfd.readouterr() == ("", "")
+    assert (folder / "log").stat().st_size == 20 * 200_001
+
+
+@pytest.mark.parametrize(
+    ("temper", "words"),
+    [
+        ("Failing", "warning: Failing stopped: RuntimeError: no room; training goes on, and metrics.jsonl has every"),
+        ("Leaving", "warning: Leaving stopped: SystemExit: 3; training goes on"),
+    ],
+)
+def test_one_that_fails_is_said_once_and_the_others_go_on(folder: Path, temper: str, words: str) -> None:
+    said: list[str] = []
+    outside = start(folder, temper, "Kind", said=said)
+    for step in range(100):
+        outside.log({"step": step})
+    outside.close()
+    assert len(said) == 1
+    assert said[0].startswith(words)
+    assert len(kept(folder / "Kind1")) == 101
+
+
+def test_one_that_takes_the_process_with_it_is_said_once(folder: Path) -> None:
+    said: list[str] = []
+    outside = start(folder, "Dying", said=said)
+    until = time.monotonic() + 20
+    while not said and time.monotonic() < until:
+        outside.log({"step": 1})
+        time.sleep(0.01)
+    for step in range(100):
+        outside.log({"step": step})
+    outside.close()
+    assert len(said) == 1
+    assert said[0].startswith("warning: the process of Dying ended by signal SIGKILL; training goes on")
+
+
+def test_one_that_is_unknown_is_said(folder: Path) -> None:
+    said: list[str] = []
+    outside = Outside([Spec("x", "my_trackers:Nobody")], TrackedRun(".", "mine"), folder / "log", said.append)
+    outside.log({"step": 1})
+    outside.close()
+    assert [line.partition(";")[0] for line in said] == [
+        "warning: x stopped: UserError: the module my_trackers has no 'Nobody'"
+    ]
+
+
+def test_one_that_hangs_holds_nobody_up(folder: Path) -> None:
+    """The process is stopped, so that even the pipe fills."""
+    said: list[str] = []
+    outside = start(folder, "Hanging", said=said, seconds=1.0)
+    assert outside._process is not None
+    process = psutil.Process(outside._process.pid)
+    process.suspend()
+    longest = 0.0
+    for step in range(25_000):
+        began = time.perf_counter()
+        outside.log({"step": step, "loss": 0.5})
+        longest = max(longest, time.perf_counter() - began)
+    assert longest < 0.5  # other processes take the processor, too
+    assert said == ["warning: Hanging cannot keep up, and rows are left out; metrics.jsonl has them all"]
+    began = time.perf_counter()
+    outside.close()
+    assert time.perf_counter() - began < 3
+    assert said[1:] == ["warning: Hanging did not end in time; their process was ended"]
+    assert not process.is_running()
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from bigtrain.tracking.base import TrackedRun
+from bigtrain.tracking.outside import Outside, Spec
+outside = Outside([Spec("k", "my_trackers:Kind", {"path": sys.argv[1]})], TrackedRun(".", "mine"), Path("log"), print)
+for step in range(100):
+    outside.log({"step": step})
+print(outside._process.pid, flush=True)
+time.sleep(100)
+"""
+
+
+def test_when_the_training_is_killed_they_write_what_they_have_and_leave(folder: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}"}
+    command = [sys.executable, "-c", KILLED, str(folder / "kept")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder) as process:
+        assert process.stdout is not None
+        helper = int(process.stdout.readline())
+        os.kill(process.pid, signal.SIGKILL)
+    wait_until(lambda: not psutil.pid_exists(helper) or psutil.Process(helper).status() == psutil.STATUS_ZOMBIE, 5)
+    assert len(kept(folder / "kept")) == 101
+
+
+def test_an_interrupt_of_the_terminal_does_not_reach_them(folder: Path) -> None:
+    said: list[str] = []
+    outside = start(folder, "Kind", said=said)
+    assert outside._process is not None
+    assert os.getsid(outside._process.pid) != os.getsid(0)
+    outside.close()
