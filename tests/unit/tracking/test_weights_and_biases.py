@@ -103,9 +103,8 @@ def test_offline_a_kill_and_two_restarts_are_one_series_and_wandb_sync_sends_one
     (line,) = said
     command = line.partition("to send them: ")[2].removeprefix("wandb sync ")
     wandb = [sys.executable, "-m", "wandb", "sync"]
-    done = subprocess.run(
-        [*wandb, *map(str, Path().glob(command))], capture_output=True, text=True, timeout=120, check=False
-    )
+    sent = [str(path.absolute()) for path in Path().glob(command)]
+    done = subprocess.run([*wandb, *sent], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     run = logged_in.run()
     assert run.name == run_id.strip()
