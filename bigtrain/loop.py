@@ -261,7 +261,7 @@ class Loop:
             "samples": self.outcome.samples,
             "loss": loss,
             "grad_norm": norm,
-            "lr": [lr * lr_scale for lr in self._base_lrs],
+            "lr": [lr * lr_scale for lr in dict.fromkeys(self._base_lrs)],  # groups of one rate keep one rate
             "samples_per_s": self._samples_since_log / max(now - self._logged_at, 1e-9),
         }
         self._logged_at, self._samples_since_log = now, 0

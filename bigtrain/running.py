@@ -20,9 +20,11 @@ from bigtrain.errors import OutOfMemoryError, TrainingError, UserError
 from bigtrain.loop import Hook, Loop, Outcome, StepInfo, Tracker
 from bigtrain.prepare import COMPUTE_DTYPES, DTYPES
 from bigtrain.protocols import Dataset, Task
+from bigtrain.report import write_report
 from bigtrain.tracking.console import Console
 from bigtrain.tracking.making import check_trackers, make_trackers
 from bigtrain.tracking.mfu import Utilisation, WithMFU, utilisation
+from bigtrain.tracking.repro import write_repro
 from bigtrain.trainer import Subject, Training, assemble
 
 # Larger results (the confusion matrix of thousands of classes) do not go into result.json.
@@ -124,6 +126,7 @@ def _train(config: Config, subject: Subject, hooks: Sequence[Hook], failing: Fai
         else:
             folder = runs.RunFolder.create(config.run.dir, config.run.name, dump(config))
             log = folder.logs / "rank-00000.stdout"
+            write_repro(folder.path, int(folder.attempt.name), _gpus(world))
             console = Console(training.cadence.total_steps, config.track.progress, log)
             console.say(_first_lines(training))
             trackers = _with_mfu([*_trackers(config, folder, training, console), console], training, console)
@@ -151,6 +154,12 @@ def _trackers(config: Config, folder: runs.RunFolder, training: Training, consol
     return make_trackers(config, folder.path, log, console.say, engine=engine, world_size=world_size)
 
 
+def _gpus(world: World) -> list[str]:
+    if world.device.type != "cuda":
+        return []
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+
+
 def _with_mfu(trackers: Sequence[Tracker], training: Training, console: Console) -> Sequence[Tracker]:
     """The trackers, with the utilisation of the GPUs where it can be told; where not, it is said once why."""
     if training.world.device.type != "cuda":
@@ -173,6 +182,7 @@ def _utilisation(training: Training, device_name: str) -> Utilisation | str:
 
 def _finish(folder: runs.RunFolder, outcome: Outcome, training: Training, console: Console) -> None:
     if outcome.stopped:
+        _report(folder, training.config, console)
         console.say(f"stopped after step {outcome.steps} of {training.cadence.total_steps}, as asked: {folder.path}")
         return
     numbers = {name: _plain(value) for name, value in outcome.evaluation.items() if _is_small(value)}
@@ -190,7 +200,18 @@ def _finish(folder: runs.RunFolder, outcome: Outcome, training: Training, consol
     console.say(
         f"done: {outcome.steps} steps, {outcome.samples} samples" + (f"\nevaluation: {scores}" if scores else "")
     )
+    _report(folder, training.config, console)
     console.say(f"run folder: {folder.path}")
+
+
+def _report(folder: runs.RunFolder, config: Config, console: Console) -> None:
+    """Write the report of what there is; it must not make a run fail that went well."""
+    if not config.track.report:
+        return
+    try:
+        console.say(f"report: {write_report(folder.path)}")
+    except Exception as error:
+        console.say(f"warning: there is no report: {type(error).__name__}: {error}")
 
 
 def _plain(value: Any) -> Any:

@@ -12,9 +12,10 @@ from typing import Annotated
 import typer
 
 import bigtrain
-from bigtrain.cli import config, data
+from bigtrain.cli import config, data, runs
 from bigtrain.cli.explain import explain
 from bigtrain.cli.parity import parity
+from bigtrain.cli.report import report
 from bigtrain.cli.train import launch, train
 from bigtrain.cli.try_run import try_run
 from bigtrain.errors import BigtrainError, ConfigError
@@ -29,8 +30,9 @@ app = typer.Typer(
 )
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
+app.add_typer(runs.app, name="runs")
 app.command("try")(try_run)
-for command in (train, launch, parity, explain):
+for command in (train, launch, parity, explain, report):
     app.command()(command)
 
 _wants_traceback = False

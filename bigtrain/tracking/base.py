@@ -53,7 +53,7 @@ PLACES = ("step", "epoch", "time")
 def flat(row: Mapping[str, Any]) -> dict[str, float]:
     """The single numbers of a row by the names that W&B and TensorBoard show.
 
-    Those of a step are under train/; the learning rates of groups that differ are lr/0, lr/1 and so on.
+    Those of a step are under train/; several learning rates are lr/0, lr/1 and so on.
     """
     numbers: dict[str, float] = {}
     for key, value in row.items():
@@ -65,7 +65,7 @@ def flat(row: Mapping[str, Any]) -> dict[str, float]:
         if isinstance(value, int | float):
             numbers[name] = value
         elif isinstance(value, list) and value and all(isinstance(item, int | float) for item in value):
-            if len(set(value)) == 1:
+            if len(value) == 1:
                 numbers[name] = value[0]
             else:
                 numbers.update({f"{name}/{number}": item for number, item in enumerate(value)})

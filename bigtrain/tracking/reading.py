@@ -176,6 +176,16 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     return [row for row in _read_lines(folder / "metrics.jsonl", []) if "event" in row]
 
 
+def find_run(name: str | Path, folder: str | Path = "runs") -> RunRecord:
+    """Read a run by its folder, or by its name in the folder of all runs.
+
+    Raises:
+        RunFolderError: Where there is none.
+    """
+    path = Path(name)
+    return load_run(path if is_run(path) or len(path.parts) > 1 else Path(folder, name))
+
+
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a run, or what is left of one."""
     return any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "attempts"))

@@ -34,6 +34,7 @@ FLOORS = {
     "bigtrain.health": 5,
     "bigtrain.tracking": 5,
     "bigtrain.loop": 6,
+    "bigtrain.report": 6,
     "bigtrain.trainer": 7,
     "launchers": 7,
     "bigtrain.explain": 8,

@@ -116,7 +116,7 @@ def test_no_run_says_which_there_are(tmp_path: Path) -> None:
 
 
 def test_names_of_metrics(tmp_path: Path) -> None:
-    write(tmp_path, [train_row(1, lr=[0.1, 0.1]), {"step": 1, "eval/accuracy": 0.5}, train_row(2, math.inf)])
+    write(tmp_path, [train_row(1, lr=[0.1]), {"step": 1, "eval/accuracy": 0.5}, train_row(2, math.inf)])
     metrics = load_run(tmp_path).metrics
     assert set(metrics) == {"train/loss", "train/lr", "train/lr/0", "train/lr/1", "eval/accuracy", "train/epoch"}
     assert metrics["loss"].values.tolist() == [0.5, math.inf]

@@ -1,0 +1,249 @@
+"""What a report says of a run beside its curves: state, tiles, what ran, what happened, warnings."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bigtrain.config.keys import all_keys, show
+from bigtrain.report.words import count, escape, moment, num_bytes, number, seconds
+from bigtrain.runs import read_errors
+from bigtrain.tracking.reading import RunRecord
+
+_LIVE_SECONDS = 120.0  # a run that has written nothing for so long is not running
+_BETTER_WHEN_SMALL = ("loss", "perplexity", "mse", "mae", "rmse", "error")
+
+
+@dataclass(frozen=True)
+class State:
+    """How a run stands.
+
+    Attributes:
+        word: finished, failed, running or stopped.
+        error: What it failed of.
+    """
+
+    word: str
+    error: str = ""
+
+
+def state_of(run: RunRecord) -> State:
+    """Whether a run has finished, failed, was stopped, or goes on."""
+    if run.is_finished:
+        return State("finished")
+    attempts = sorted((run.path / "attempts").glob("*"), key=lambda path: (len(path.name), path.name))
+    failures = read_errors(attempts[-1]) if attempts else []
+    if failures:
+        first = failures[0]
+        step = "before the first step" if first.step is None else f"after step {first.step}"
+        place = f"\n  at: {first.where}" if first.where else ""
+        remedy = f"\n  do: {first.remedy}" if first.remedy else ""
+        return State("failed", f"rank {first.rank}, {step}: {first.type}: {first.message}{place}{remedy}")
+    written = _written_at(run.path / "metrics.jsonl")
+    return State("running" if time.time() - written < _LIVE_SECONDS else "stopped")
+
+
+def _written_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def headline(run: RunRecord) -> str:
+    """One line on what ran."""
+    get = run.settings.get
+    world = int(run.result.get("world_size") or _last_start(run).get("world_size") or 1)
+    engine = run.result.get("engine") or _last_start(run).get("engine") or get("engine.name")
+    parts = [
+        f"{get('model.name', 'a model')} on {get('data.name', 'data')}",
+        f"{engine}, {count(world, 'process') if world == 1 else f'{world} processes'}",
+        f"{get('precision', 'fp32')}",
+    ]
+    if run.rows:
+        parts.append(f"{run.step:,} steps")
+        if began := run.rows[0].get("time"):
+            parts.append(moment(began))
+    return " · ".join(escape(part) for part in parts)
+
+
+def _last_start(run: RunRecord) -> Mapping[str, Any]:
+    return next((event for event in reversed(run.events) if event["event"] == "start"), {})
+
+
+def tiles(run: RunRecord) -> str:
+    """The numbers that are asked for first."""
+    metrics = run.metrics
+    shown: list[tuple[str, str, str]] = []
+    if "train/loss" in metrics:
+        shown.append(("training loss", number(float(metrics["loss"].values[-1])), f"at step {run.step:,}"))
+    for name in [name for name in metrics if name.startswith("eval/")][:3]:
+        steps, values = metrics[name]
+        best = int(values.argmin() if is_better_when_small(name) else values.argmax())
+        title = name.removeprefix("eval/").replace("_", " ")
+        title = "evaluation loss" if title == "loss" else title
+        shown.append((title, number(float(values[-1])), f"best {number(float(values[best]))} at step {steps[best]:,}"))
+    for name, title in (("tokens_per_s", "tokens/s"), ("samples_per_s", "samples/s")):
+        if f"train/{name}" in metrics:
+            values = metrics[name].values
+            median = sorted(values.tolist())[len(values) // 2]
+            shown.append((title, number(round(median)), "median"))
+            break
+    if "train/peak_memory_bytes" in metrics:
+        shown.append(("peak memory", num_bytes(float(metrics["peak_memory_bytes"].values.max())), "of one process"))
+    if duration := trained_for(run):
+        restarts = sum(event["event"] == "start" for event in run.events) - 1
+        shown.append(("training time", seconds(duration), count(restarts, "restart") if restarts > 0 else "one start"))
+    if run.checkpoints:
+        last = run.checkpoints[-1]
+        shown.append(("last checkpoint", f"step {last.step:,}", num_bytes(last.num_bytes)))
+    return "".join(
+        f'<div class="tile"><span>{escape(title)}</span><b>{escape(value)}</b><small>{escape(note)}</small></div>'
+        for title, value, note in shown
+    )
+
+
+def is_better_when_small(name: str) -> bool:
+    """Whether a metric of this name is the better the smaller it is."""
+    return any(word in name for word in _BETTER_WHEN_SMALL)
+
+
+def trained_for(run: RunRecord) -> float:
+    """Seconds of training: from row to row, without what lies between two starts."""
+    starts = {int(event["step"]) for event in run.events if event["event"] == "start"}
+    total, step, earlier = 0.0, 0, None
+    for row in run.rows:
+        now = row.get("time")
+        if now is None:
+            continue
+        is_new_start = earlier is None or any(step <= start < row["step"] for start in starts)
+        total += row.get("step_s", 0.0) * (row["step"] - step) if is_new_start else max(now - (earlier or now), 0.0)
+        step, earlier = row["step"], now
+    return total
+
+
+def config_table(run: RunRecord) -> str:
+    """The values of the run file that are not the defaults, then the whole file."""
+    defaults = {key.path: key.default for key in all_keys()}
+    rows = "".join(
+        f'<tr><td class="name">{escape(key)}</td><td><code>{escape(show(value, 200))}</code></td></tr>'
+        for key, value in run.settings.items()
+        if defaults.get(key) is None or show(value) != defaults[key]
+        if not (value is None or value in ({}, []))
+    )
+    whole = yaml.safe_dump(dict(run.values), sort_keys=False, allow_unicode=True, width=100)
+    return (
+        f"<table>{rows}</table><details><summary>the whole run file, as it was resolved</summary>"
+        f"<pre>{escape(whole)}</pre></details>"
+    )
+
+
+def machine_table(run: RunRecord) -> str:
+    """The code, the packages and the machine, where the run folder tells them."""
+    folder = run.path / "repro"
+    machine = _json(folder / "machine.json")
+    rows = [(key.replace("_", " "), _words(value)) for key, value in machine.items() if value not in (None, "", [])]
+    table = "".join(f'<tr><td class="name">{escape(key)}</td><td>{escape(value)}</td></tr>' for key, value in rows)
+    extra = ""
+    for name, title in (("diff.patch", "changes that were not committed"), ("packages.txt", "packages")):
+        text = _text(folder / name)
+        if text.strip():
+            cut = text if len(text) < 100_000 else text[:100_000] + "\n…"
+            extra += f"<details><summary>{title}</summary><pre>{escape(cut)}</pre></details>"
+    return f"<table>{table}</table>{extra}" if table or extra else ""
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list):
+        counted = [(item, len(list(group))) for item, group in itertools.groupby(map(str, value))]
+        return ", ".join(f"{number} × {item}" if number > 1 else item for item, number in counted)
+    return str(value)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def events_table(run: RunRecord) -> str:
+    """What happened, in order; checkpoints that follow one another in one line."""
+    lines = []
+    for kind, group in itertools.groupby(run.events, key=lambda event: event["event"]):
+        together = list(group)
+        if kind == "checkpoint" and len(together) > 3:
+            lines.append((together[-1], _checkpoints(together)))
+        else:
+            lines += [(event, _happened(event)) for event in together]
+    rows = "".join(
+        f"<tr><td>{moment(event['time']) if 'time' in event else ''}</td><td>step {event['step']:,}</td>"
+        f'<td class="{"warning" if event["event"] in _BAD_EVENTS else ""}">{escape(words)}</td></tr>'
+        for event, words in lines
+    )
+    return f'<table class="events">{rows}</table>' if rows else ""
+
+
+_BAD_EVENTS = ("no checkpoint", "warning", "fallback")
+
+
+def _checkpoints(events: list[dict[str, Any]]) -> str:
+    steps = ", ".join(f"{event['step']:,}" for event in (events[0], events[1]))
+    size, took = float(events[-1].get("bytes", 0)), max(float(event.get("seconds", 0)) for event in events)
+    return (
+        f"{count(len(events), 'checkpoint')}: {steps}, … {events[-1]['step']:,}; "
+        f"{num_bytes(size)} each, written in {seconds(took)} at most"
+    )
+
+
+def _happened(event: Mapping[str, Any]) -> str:
+    kind = event["event"]
+    if kind == "start":
+        attempt = event.get("attempt", 0)
+        where = f"{event.get('engine', '')}, {event.get('world_size', 1)} processes" if "engine" in event else ""
+        verb = f"start {int(attempt) + 1}, going on from step {event['step']:,}" if event["step"] else "start"
+        return f"{verb}: {where}" if where else verb
+    if kind == "checkpoint":
+        return f"checkpoint, {num_bytes(float(event.get('bytes', 0)))} in {seconds(float(event.get('seconds', 0)))}"
+    rest = {key: value for key, value in event.items() if key not in ("event", "step", "time")}
+    text = rest.pop("text", None) or rest.pop("reason", None)
+    more = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in rest.items())
+    return ": ".join(part for part in (kind, text, more) if part)
+
+
+def warnings_of(run: RunRecord) -> Iterator[str]:
+    """What a reader should know before trusting the curves."""
+    yield from run.problems
+    metrics = run.metrics
+    for name in ("train/loss", "train/grad_norm"):
+        if name in metrics:
+            bad = int((~_finite(metrics[name].values)).sum())
+            if bad:
+                yield f"{count(bad, 'value')} of {name.removeprefix('train/')} not finite"
+    skipped = int(run.result.get("skipped_steps") or 0)
+    if skipped:
+        yield f"{count(skipped, 'step')} left out, because loss or gradient norm was not finite"
+    for event in run.events:
+        if event["event"] in _BAD_EVENTS:
+            yield f"step {event['step']:,}: {_happened(event)}"
+
+
+def _finite(values: Any) -> Any:
+    import numpy as np
+
+    return np.isfinite(values)
