@@ -16,9 +16,9 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "Config": "bigtrain.config.schema:Config",
-    "Hook": "bigtrain.loop:Hook",
+    "Hook": "bigtrain.progress:Hook",
     "Run": "bigtrain.running:Run",
-    "StepInfo": "bigtrain.loop:StepInfo",
+    "StepInfo": "bigtrain.progress:StepInfo",
     "load_config": "bigtrain.config.loader:load",
     "train": "bigtrain.running:train",
 }

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,11 @@ from torch import Tensor
 from bigtrain.dist import World
 from bigtrain.engines.base import Engine
 from bigtrain.engines.sums import StepResult
+from bigtrain.errors import NonFiniteError
 from bigtrain.health.agreement import Agreement, check_buffers, stop_on_signals
 from bigtrain.health.nonfinite import NonFiniteWatch, explain
 from bigtrain.optim import Schedule
+from bigtrain.progress import Cadence, Hook, Outcome, Saver, SavesNothing, StepInfo, Tracker, TrainBatch
 from bigtrain.protocols import Batch, Task
 
 
@@ -50,115 +52,6 @@ def evaluate(engine: Engine, task: Task, batches: Iterable[Batch], world: World)
     return {"loss": total / count if count else float("nan"), **metrics.compute()}
 
 
-class StepInfo:
-    """What a hook is told after a step. Reading `loss` or `grad_norm` waits for the device.
-
-    Attributes:
-        step: The number of steps taken; the one just completed is its last.
-        epoch: The epoch it belonged to, from 0.
-        num_samples: Samples of the global batch.
-        samples_seen: Samples since the start of the run.
-        lr: The rate of each optimizer group in this step.
-        evaluation: The evaluation made after this step, if there was one.
-    """
-
-    def __init__(
-        self, result: StepResult, step: int, epoch: int, num_samples: int, samples_seen: int, lr: list[float]
-    ) -> None:
-        self._result = result
-        self.step = step
-        self.epoch = epoch
-        self.num_samples = num_samples
-        self.samples_seen = samples_seen
-        self.lr = lr
-        self.evaluation: dict[str, Any] | None = None
-        self.stop_requested = False
-
-    @property
-    def loss(self) -> float:
-        """The mean loss of the global batch."""
-        return float(self._result.loss)
-
-    @property
-    def grad_norm(self) -> float:
-        """The gradient's norm before clipping."""
-        return float(self._result.norm)
-
-    def stop(self) -> None:
-        """Ask all ranks to stop at the next step boundary."""
-        self.stop_requested = True
-
-
-@dataclass(frozen=True)
-class Hook:
-    """A function called after every `every`-th step, on every rank."""
-
-    call: Callable[[StepInfo], None]
-    every: int = 1
-
-
-class Tracker(Protocol):
-    """Where numbers go."""
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Take one line of numbers; `step` is among them."""
-
-    def close(self) -> None:
-        """Write what is left."""
-
-
-class TrainBatch(Protocol):
-    """What the loop needs to know of one step's data."""
-
-    @property
-    def microbatches(self) -> list[Batch]:
-        """This rank's part."""
-
-    @property
-    def epoch(self) -> int:
-        """Counted from 0."""
-
-    @property
-    def num_samples(self) -> int:
-        """Of the global batch."""
-
-
-@dataclass(frozen=True)
-class Cadence:
-    """When things happen, in steps; None is never.
-
-    Attributes:
-        total_steps: When the run is done.
-        steps_per_epoch: How long an epoch is.
-        log_every: A line of numbers.
-        eval_every: An evaluation; there is always one at the end if there is data for it.
-    """
-
-    total_steps: int
-    steps_per_epoch: int
-    log_every: int
-    eval_every: int | None
-
-
-@dataclass
-class Outcome:
-    """How a run ended.
-
-    Attributes:
-        steps: Optimizer steps taken.
-        samples: Samples seen.
-        evaluation: The last evaluation.
-        stopped: Whether it was asked to stop before its end.
-        num_skipped: Steps whose numbers were not finite.
-    """
-
-    steps: int = 0
-    samples: int = 0
-    evaluation: dict[str, Any] = field(default_factory=dict, repr=False)
-    stopped: bool = False
-    num_skipped: int = 0
-
-
 class Loop:
     """Runs a training from its first step to its last.
 
@@ -175,6 +68,8 @@ class Loop:
         hooks: Whom to tell.
         on_nonfinite: `stop` or `skip`.
         move: Puts a batch on the device.
+        saver: Keeps the state on disk; None keeps nothing.
+        done: How far the run has come already.
     """
 
     def __init__(
@@ -191,6 +86,8 @@ class Loop:
         hooks: Sequence[Hook],
         on_nonfinite: str,
         move: Callable[[Batch], Batch],
+        saver: Saver | None = None,
+        done: Outcome | None = None,
     ) -> None:
         self._engine, self._task, self._world = engine, task, world
         self._steps, self._eval_batches, self._move = steps, eval_batches, move
@@ -200,7 +97,9 @@ class Loop:
         self._watch = NonFiniteWatch(world, on_nonfinite)
         self._logged_at = time.perf_counter()
         self._samples_since_log = 0
-        self.outcome = Outcome()
+        self._saver = saver or SavesNothing()
+        self.outcome = done or Outcome()
+        self._watch.num_skipped = self.outcome.num_skipped
 
     def run(self) -> Outcome:
         """Train to the end, or to a step boundary at which all ranks agreed to stop.
@@ -210,14 +109,18 @@ class Loop:
             CombinationError: After the first step, where the model's buffers differ between ranks.
         """
         first = self.outcome.steps + 1
-        with stop_on_signals(self._agreement):
-            while self.outcome.steps < self._cadence.total_steps and not self.outcome.stopped:
-                self._one_step()
-                if self.outcome.steps == first and self._world.size > 1:
-                    check_buffers(self._world, self._engine.state().pieces)
-            self._raise_if(self._watch.last())
+        try:
+            with stop_on_signals(self._agreement):
+                while self.outcome.steps < self._cadence.total_steps and not self.outcome.stopped:
+                    self._one_step()
+                    if self.outcome.steps == first and self._world.size > 1:
+                        check_buffers(self._world, self._engine.state().pieces)
+                self._raise_if(self._watch.last())
+                self._saver.finish(self.outcome)
+        except NonFiniteError:  # on every rank in the same step: what is being written is good
+            self._saver.settle()
+            raise
         self._agreement.close()  # not after an error: that would wait for the others
-        self.outcome.num_skipped = self._watch.num_skipped
         return self.outcome
 
     def _one_step(self) -> None:
@@ -228,16 +131,28 @@ class Loop:
         self._raise_if(self._watch.observe(self.outcome.steps, result.skipped, microbatches))
         self.outcome.steps += 1
         self.outcome.samples += data.num_samples
+        self.outcome.position = data.end
         self._samples_since_log += data.num_samples
         self._after(result, data, lr_scale)
-        self.outcome.stopped = self._agreement.decide()
+        self._agree()
+
+    def _agree(self) -> None:
+        """What all ranks do at this step boundary."""
+        if self._saver.is_late():
+            self._agreement.wish_to_save()
+        agreed = self._agreement.decide()
+        self._saver.poll()
+        if (agreed.save or self._saver.is_due(self.outcome.steps)) and not agreed.stop:
+            self._raise_if(self._watch.last())  # no checkpoint of a step that must not have been
+            self.outcome.num_skipped = self._watch.num_skipped
+            self._saver.save(self.outcome)
+        self.outcome.num_skipped = self._watch.num_skipped
+        self.outcome.stopped = agreed.stop
 
     def _after(self, result: StepResult, data: TrainBatch, lr_scale: float) -> None:
         step, cadence = self.outcome.steps, self._cadence
         is_last = step == cadence.total_steps
-        is_eval = self._eval_batches is not None and (
-            is_last or (cadence.eval_every and step % cadence.eval_every == 0)
-        )
+        is_eval = self._eval_batches is not None and (is_last or self._is_time_to_evaluate(data))
         due = [hook for hook in self._hooks if step % hook.every == 0]
         if step % cadence.log_every == 0 or is_last:
             self._log(result, data.epoch, lr_scale)
@@ -251,6 +166,15 @@ class Loop:
                 hook.call(info)
             if info.stop_requested:
                 self._agreement.wish_to_stop()
+            if info.save_requested:
+                self._agreement.wish_to_save()
+
+    def _is_time_to_evaluate(self, data: TrainBatch) -> bool:
+        steps, epochs = self._cadence.eval_every_steps, self._cadence.eval_every_epochs
+        ends_epoch = data.end[0] > data.epoch
+        return bool(steps and self.outcome.steps % steps == 0) or bool(
+            epochs and ends_epoch and data.end[0] % epochs == 0
+        )
 
     def _log(self, result: StepResult, epoch: int, lr_scale: float) -> None:
         loss, norm = _numbers(result)

@@ -76,6 +76,16 @@ class OptimizerPlan:
             given = ", ".join(f"{name}={value!r}" for name, value in self.args.items())
             raise UserError(f"{self.cls.__name__} refuses {given}: {cause}", where="optim") from cause
 
+    def bytes_per_element(self) -> float:
+        """What the optimizer keeps for each element of a float32 parameter, found by one step on a small one."""
+        total, tried = 0, torch.ones(8, 16, requires_grad=True)
+        optimizer = self.cls([tried], **self.args)
+        tried.grad = torch.zeros_like(tried)
+        optimizer.step()
+        for value in optimizer.state[tried].values():
+            total += value.nbytes if isinstance(value, Tensor) and value.ndim else 0
+        return total / tried.numel()
+
     def param_groups(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         """The groups as an optimizer takes them, each with its parameters' names and its own rate besides."""
         return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigtrain import engines, runs
+from bigtrain import engines, lease, runs
 from bigtrain.config.loader import Resolved, dump, from_dict, load
 from bigtrain.config.schema import Config
 from bigtrain.dist import World, join
-from bigtrain.errors import OutOfMemoryError, TrainingError, UserError
-from bigtrain.loop import Hook, Loop, Outcome, StepInfo, Tracker
+from bigtrain.errors import BigtrainError, OutOfMemoryError, SaveError, TrainingError, UserError
+from bigtrain.loop import Loop
 from bigtrain.prepare import COMPUTE_DTYPES, DTYPES
+from bigtrain.progress import Hook, Outcome, StepInfo, Tracker
 from bigtrain.protocols import Dataset, Task
 from bigtrain.report import write_report
+from bigtrain.resuming import Resumed, resume, source_of
+from bigtrain.saving import Keeper, expected_bytes
+from bigtrain.starting import allowed_for
 from bigtrain.tracking.console import Console
 from bigtrain.tracking.making import check_trackers, make_trackers
 from bigtrain.tracking.mfu import Utilisation, WithMFU, utilisation
+from bigtrain.tracking.reading import read_rows
 from bigtrain.tracking.repro import write_repro
 from bigtrain.trainer import Subject, Training, assemble
 
@@ -51,8 +56,8 @@ class Run:
         return self.outcome.evaluation
 
     def history(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        return runs.read_metrics(self.path / "metrics.jsonl")
+        """The lines of numbers in metrics.jsonl, those of earlier starts of the run included."""
+        return read_rows(self.path)
 
 
 def train(
@@ -109,7 +114,7 @@ def _type_name(value: object) -> str:
 def _train(config: Config, subject: Subject, hooks: Sequence[Hook], failing: Failing) -> Run:
     failing.rank = int(os.environ.get("RANK", 0))
     if failing.rank == 0:
-        runs.check_free(config.run.dir, config.run.name)
+        runs.check_free(config.run.dir, config.run.name, allowed_for(config))
         check_trackers(config)
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     engine, _ = engines.choose(config.engine.name, num_processes)
@@ -120,26 +125,60 @@ def _train(config: Config, subject: Subject, hooks: Sequence[Hook], failing: Fai
         closing(assemble(config, world, subject)) as training,
     ):
         model, path = training.model, Path(config.run.dir, config.run.name)
-        world.all_reduce(torch.zeros(1))  # nothing is created before every rank has come this far
-        if not world.is_main:
-            outcome = _run(training, [], hooks, failing)
-        else:
-            folder = runs.RunFolder.create(config.run.dir, config.run.name, dump(config))
-            log = folder.logs / "rank-00000.stdout"
-            write_repro(folder.path, int(folder.attempt.name), _gpus(world))
-            console = Console(training.cadence.total_steps, config.track.progress, log)
-            console.say(_first_lines(training))
-            trackers = _with_mfu([*_trackers(config, folder, training, console), console], training, console)
-            outcome = _run(training, trackers, hooks, failing)
-            _finish(folder, outcome, training, console)
+        resumed = resume(training, runs.checkpoints_of(path)) if config.checkpoint.resume == "auto" else None
+        if resumed:
+            training.go_on_from(resumed.outcome)
+        folder = _begin(config, world)
+        with lease.renewed(path, folder.number) if world.is_main else nullcontext():
+            outcome = _run(training, folder, resumed, hooks, failing)
     return Run(path, outcome, model)
 
 
-def _run(training: Training, trackers: Sequence[Any], hooks: Sequence[Hook], failing: Failing) -> Outcome:
-    loop = training.loop(trackers, hooks)
-    failing.loop = loop
+def _begin(config: Config, world: World) -> runs.RunFolder:
+    """Begin the run, or go on with it, in its folder. Every rank must call it; rank 0 does it.
+
+    Nothing is created before every rank has come this far.
+    """
+    world.all_reduce(torch.zeros(1))
+    begun: runs.RunFolder | BigtrainError | None = None
+    if world.is_main:
+        try:
+            begun = runs.RunFolder.create(config.run.dir, config.run.name, dump(config), allowed_for(config))
+        except BigtrainError as error:
+            begun = error
+    begun = world.all_gather_object(begun)[0]
+    if isinstance(begun, BigtrainError):
+        raise begun
+    assert begun is not None
+    return begun
+
+
+def _run(
+    training: Training, folder: runs.RunFolder, resumed: Resumed | None, hooks: Sequence[Hook], failing: Failing
+) -> Outcome:
+    world = training.world
+    trackers: Sequence[Tracker] = []
+    console: Console | None = None
+    if world.is_main:
+        log = folder.logs / "rank-00000.stdout"
+        write_repro(folder.path, folder.number, _gpus(world))
+        console = Console(training.cadence.total_steps, training.config.track.progress, log)
+        console.say("\n".join([_first_lines(training), *(resumed.words if resumed else ())]))
+        made = make_trackers(
+            training.config,
+            folder.path,
+            folder.logs / "trackers.log",
+            console.say,
+            engine=training.engine.name,
+            world_size=world.size,
+            step=resumed.outcome.steps if resumed else 0,
+        )
+        trackers = _with_mfu([*made, console], training, console)
     try:
-        return loop.run()
+        outcome = _loop(training, folder, resumed, trackers, hooks, failing)
+        if console is not None:
+            _finish(folder, outcome, training, console)
+        return outcome
     except UserError as error:
         error.exit_code = TrainingError.exit_code  # the run has begun: its folder is there
         raise
@@ -148,10 +187,41 @@ def _run(training: Training, trackers: Sequence[Any], hooks: Sequence[Hook], fai
             tracker.close()
 
 
-def _trackers(config: Config, folder: runs.RunFolder, training: Training, console: Console) -> list[Tracker]:
-    engine, world_size = training.engine.name, training.world.size
-    log = folder.logs / "trackers.log"
-    return make_trackers(config, folder.path, log, console.say, engine=engine, world_size=world_size)
+def _loop(
+    training: Training,
+    folder: runs.RunFolder,
+    resumed: Resumed | None,
+    trackers: Sequence[Tracker],
+    hooks: Sequence[Hook],
+    failing: Failing,
+) -> Outcome:
+    def tell(row: Mapping[str, Any]) -> None:
+        for tracker in trackers:
+            tracker.log(row)
+
+    config, world = training.config, training.world
+    done = resumed.outcome if resumed else Outcome()
+    keeper = Keeper(
+        world,
+        folder.checkpoints,
+        config.checkpoint,
+        source_of(training),
+        attempt=str(folder.number),
+        still_ours=lambda: lease.owns(folder.path, folder.number),
+        tell=tell,
+    )
+    trained = {name for group in training.plan.groups for name in group.names}
+    state = training.engine.state()
+    keeper.expect(expected_bytes(state, trained, training.plan.bytes_per_element()), done.steps if resumed else None)
+    tell({"step": done.steps, "event": "start", "attempt": folder.number, "engine": training.engine_label})
+    loop = training.loop(trackers, hooks, keeper, done)
+    failing.loop = loop
+    try:
+        return loop.run()
+    finally:
+        if world.size == 1:  # several ranks could wait here for one that has failed
+            with suppress(SaveError):
+                keeper.settle()
 
 
 def _gpus(world: World) -> list[str]:

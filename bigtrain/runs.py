@@ -1,36 +1,56 @@
 """The run folder: what lies where, who may make it, and how a run that is finished or has failed is read.
 
     <dir>/<name>/
-      config.yaml                the resolved run file; with it the run has begun
-      attempts/<n>/logs/         what each rank printed, where a launcher started them
+      config.yaml                the resolved run file of the newest start; with it the run has begun
+      lease                      which start owns the run, and whether it lives (lease.py)
+      attempts/<n>/logs/         what each rank printed in that start, where a launcher started them
       attempts/<n>/errors/       one JSON file for each rank that failed
       metrics.jsonl              one JSON object a line
+      checkpoints/               the training state
       result.json                written last: with it the run is finished
 
-A folder is claimed by making its first attempt, which only one process can do. A launcher claims it before
-its ranks start, for their logs, and tells them by BIGTRAIN_ATTEMPT_DIR; without a launcher rank 0 claims
-it. Either way nothing else is written before everything about the run has been checked. This module does
-not import torch.
+The folder is the same for every start of a run. A start claims it by making the next attempt's folder, which only one
+process can do, and holds its lease. A launcher claims it before its ranks start, for their logs, and tells them by
+BIGTRAIN_ATTEMPT_DIR; without a launcher rank 0 claims it. Either way nothing else is written before everything about
+the run has been checked. This module does not import torch.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bigtrain import lease
 from bigtrain.errors import BigtrainError, RunFolderError
+from bigtrain.metrics import to_json
 
 ATTEMPT_VARIABLE = "BIGTRAIN_ATTEMPT_DIR"
+# What a start is part of, as a cluster's job; a later start of the same owner takes the run over without waiting.
+OWNER_VARIABLE = "BIGTRAIN_OWNER"
 
-_CONFIG, _RESULT, _METRICS, _ATTEMPTS = "config.yaml", "result.json", "metrics.jsonl", "attempts"
+CONFIG = "config.yaml"
+_RESULT, _METRICS, _ATTEMPTS = "result.json", "metrics.jsonl", "attempts"
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """What may lie in a folder in which a run starts.
+
+    Attributes:
+        unfinished: A run that has begun and not finished: it goes on.
+        finished: A run that is finished: it goes on too, being asked for more than it has done.
+    """
+
+    unfinished: bool = False
+    finished: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,30 +66,45 @@ class RunFolder:
     attempt: Path
 
     @classmethod
-    def create(cls, folder: str | Path, name: str, config_yaml: str) -> RunFolder:
-        """Begin a run, in the attempt that the launcher made or in one of its own. Only rank 0 may call it.
+    def create(cls, folder: str | Path, name: str, config_yaml: str, allowed: Allowed = Allowed()) -> RunFolder:
+        """Begin a run or go on with one, in the attempt that the launcher made or in one of its own.
+
+        Only rank 0 may call it.
 
         Args:
             folder: The folder of all runs.
             name: The run's name.
             config_yaml: The resolved run file.
+            allowed: What may lie in the folder already.
 
         Raises:
             RunFolderError: Where the folder is not free, or cannot be made.
         """
-        check_free(folder, name)
+        check_free(folder, name, allowed)
         path = Path(folder, name)
-        attempt = _attempt_of_launcher(path) or claim(folder, name)
+        attempt = attempt_of_launcher(path) or claim(folder, name)
         try:
-            write_atomically(path / _CONFIG, config_yaml)
+            if (path / _RESULT).exists():  # the run goes on: what it had come to belongs to its past
+                os.replace(path / _RESULT, attempt / f"earlier-{_RESULT}")
+            write_atomically(path / CONFIG, config_yaml)
         except OSError as error:
             raise _cannot("write to", path, error) from error
         return cls(path, attempt)
 
     @property
+    def number(self) -> int:
+        """Which start of the run this is, from 0."""
+        return int(self.attempt.name)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the training state is kept."""
+        return checkpoints_of(self.path)
+
+    @property
     def config(self) -> Path:
         """The resolved run file."""
-        return self.path / _CONFIG
+        return self.path / CONFIG
 
     @property
     def metrics(self) -> Path:
@@ -91,11 +126,16 @@ class RunFolder:
         write_atomically(self.result, json.dumps(to_json(result), indent=2, allow_nan=False) + "\n")
 
 
-def check_free(folder: str | Path, name: str) -> None:
-    """See whether a run of this name may begin; nothing is written. Only rank 0 and launchers may call it.
+def check_free(folder: str | Path, name: str, allowed: Allowed = Allowed()) -> None:
+    """See whether a run of this name may start; nothing is written. Only rank 0 and launchers may call it.
+
+    Args:
+        folder: The folder of all runs.
+        name: The run's name.
+        allowed: What may lie in the folder already.
 
     Raises:
-        RunFolderError: Where the folder holds a finished run, an unfinished one, or something else, or
+        RunFolderError: Where the folder holds a finished run, a live or an unfinished one, or something else, or
             where it cannot be made.
     """
     path = Path(folder, name)
@@ -103,30 +143,51 @@ def check_free(folder: str | Path, name: str) -> None:
         _check_can_be_made(path)
         return
     held = sorted(entry.name for entry in path.iterdir())
-    if _RESULT in held:
-        raise _taken(path, f"the run {name} is finished: {_summary(path)}")
-    if _CONFIG in held:
-        raise _taken(path, f"the run {name} has begun and not finished, and resuming is not available yet")
+    if attempt_of_launcher(path) is None:
+        _check_not_live(path)
+    if _RESULT in held and not allowed.finished:
+        way_on = "raise train.steps or train.epochs to go on"
+        raise _taken(path, f"the run {name} is finished: {_summary(path)}", way_on)
+    if CONFIG in held and not allowed.unfinished:
+        raise _taken(path, f"the run {name} has begun and not finished", "set checkpoint.resume=auto to go on")
+    if CONFIG in held:
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise RunFolderError(f"no permission to write in {path}", remedy="set run.dir to a folder of your own")
+        return
     if held and _ATTEMPTS not in held:
         raise _taken(path, f"{path} is not the folder of a run: it holds {', '.join(held[:5])}")
-    if held and _attempt_of_launcher(path) is None:
-        raise _taken(path, f"the run {name} is being started by another process, or its start was broken off")
+
+
+def _check_not_live(path: Path) -> None:
+    holder = lease.live_holder(path, os.environ.get(OWNER_VARIABLE))
+    if holder:
+        raise RunFolderError(
+            f"the run {path.name} is in use by {holder}",
+            where=str(path),
+            remedy=f"wait for it or stop it; or train under another name, as with run.name={_free_name(path)}",
+        )
 
 
 def claim(folder: str | Path, name: str) -> Path:
-    """Make the folder of a run and its first attempt, with a place for logs, and return the attempt's path.
+    """Make the next attempt of a run, with a place for logs, take the run's lease, and return the attempt's path.
 
-    A launcher calls it after `check_free` and hands the path to its ranks in BIGTRAIN_ATTEMPT_DIR.
+    A launcher calls it after `check_free`, hands the path to its ranks in BIGTRAIN_ATTEMPT_DIR, and gives the run back
+    with `give_back` when they have ended.
 
     Raises:
         RunFolderError: Where another process was faster, or the folder cannot be made.
     """
     path = Path(folder, name)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / _ATTEMPTS).mkdir()  # of several processes one succeeds
-        attempt = path / _ATTEMPTS / "0"
-        (attempt / "logs").mkdir(parents=True)
+        (path / _ATTEMPTS).mkdir(parents=True, exist_ok=True)
+        number = len(attempts(path)) and int(attempts(path)[-1].name) + 1
+        if number:
+            lease.await_claim(path, number - 1)
+            _check_not_live(path)
+        attempt = path / _ATTEMPTS / str(number)
+        attempt.mkdir()  # of several processes one succeeds
+        (attempt / "logs").mkdir()
+        lease.take(path, number, os.environ.get(OWNER_VARIABLE))
     except FileExistsError:
         raise _taken(path, f"the run {name} is being started by another process") from None
     except OSError as error:
@@ -134,18 +195,39 @@ def claim(folder: str | Path, name: str) -> Path:
     return attempt.absolute()
 
 
+def attempts(path: Path) -> list[Path]:
+    """The attempts of a run, the first one first."""
+    found = [entry for entry in (path / _ATTEMPTS).glob("*") if entry.name.isdecimal()]
+    return sorted(found, key=lambda entry: int(entry.name))
+
+
+def checkpoints_of(path: Path) -> Path:
+    """Where a run keeps its training state."""
+    return path / "checkpoints"
+
+
+def give_back(attempt: Path) -> None:
+    """Let the next start have the run, as this one has ended."""
+    lease.drop(attempt.parent.parent, int(attempt.name))
+
+
 def release(attempt: Path) -> None:
-    """Take away the attempt of a run that a user's error kept from beginning: its name is free again."""
+    """Take away the attempt of a run that a user's error kept from beginning: its name is free again.
+
+    Of a run that had begun the attempt stays: how this start went wrong is to be read.
+    """
     path = attempt.parent.parent
-    if (path / _CONFIG).exists():
+    give_back(attempt)
+    if (path / CONFIG).exists():
         return
     shutil.rmtree(attempt)
-    attempt.parent.rmdir()
-    if not any(path.iterdir()):
+    with suppress(OSError):  # another attempt, or something else, is there
+        attempt.parent.rmdir()
+        (path / lease.LEASE).unlink()
         path.rmdir()
 
 
-def _attempt_of_launcher(path: Path) -> Path | None:
+def attempt_of_launcher(path: Path) -> Path | None:
     """The attempt in this folder that a launcher made for this process; one of another run does not count."""
     given = os.environ.get(ATTEMPT_VARIABLE)
     if not given:
@@ -166,12 +248,16 @@ def _check_can_be_made(path: Path) -> None:
         raise RunFolderError(f"no permission to write in {there}", remedy="set run.dir to a folder of your own")
 
 
-def _taken(path: Path, problem: str) -> RunFolderError:
+def _taken(path: Path, problem: str, way_on: str = "") -> RunFolderError:
+    remedy = f"train under another name, as with run.name={_free_name(path)}, or delete the folder {path}"
+    return RunFolderError(problem, where=str(path), remedy=f"{way_on};\nor {remedy}" if way_on else remedy)
+
+
+def _free_name(path: Path) -> str:
     number = 2
     while path.with_name(f"{path.name}-{number}").exists():
         number += 1
-    remedy = f"train under another name, as with run.name={path.name}-{number}, or delete the folder {path}"
-    return RunFolderError(problem, where=str(path), remedy=remedy)
+    return f"{path.name}-{number}"
 
 
 def _cannot(verb: str, path: Path, error: OSError) -> RunFolderError:
@@ -192,48 +278,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-_NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-
-
-def to_json(value: Any) -> Any:
-    """The same value with words for the numbers that JSON does not know: nan, inf and -inf."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: to_json(item) for key, item in value.items()}
-    return [to_json(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def from_json(value: Any) -> Any:
-    """What `to_json` was given."""
-    if isinstance(value, dict):
-        return {key: from_json(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [from_json(item) for item in value]
-    return _NONFINITE.get(value, value) if isinstance(value, str) else value
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that was cut off in the middle is left out.
-
-    Raises:
-        RunFolderError: Where there is no such file, or a line before the last is damaged.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise RunFolderError(f"there is no file {path}", remedy="give a run's metrics.jsonl")
-    lines = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows += [from_json(json.loads(line))] if line else []
-        except ValueError:
-            if number == len(lines):
-                break
-            raise RunFolderError(f"the line is damaged: {line[:60]!r}", where=f"{path}:{number}") from None
-    return rows
 
 
 @dataclass(frozen=True, slots=True)

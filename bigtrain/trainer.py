@@ -22,10 +22,11 @@ from bigtrain.engines import Choices, Engine
 from bigtrain.engines.base import Zero
 from bigtrain.errors import CombinationError, DataError, ModelError
 from bigtrain.finetune.freeze import freeze_parameters
-from bigtrain.loop import Cadence, Hook, Loop, Tracker, moved
+from bigtrain.loop import Loop, moved
 from bigtrain.models.blocks import without_shared_parameters
 from bigtrain.optim import OptimizerPlan, Schedule, make_schedule, plan_optimizer
 from bigtrain.prepare import COMPUTE_DTYPES, DTYPES, Prepared, compile_forward, prepare, seed_everything
+from bigtrain.progress import Cadence, Hook, Outcome, Saver, Tracker
 from bigtrain.protocols import Batch, Dataset, Task
 
 # How many samples of the first microbatch are tried on the model before the first step.
@@ -61,17 +62,31 @@ class Training:
     train: TrainLoader
     evaluation: EvalLoader | None
     cadence: Cadence
-    engine_choice: str
+    engine_label: str
+    engine_reason: str
+    fingerprint: str  # of the data
     sizes: list[tuple[int, bool]]  # for each parameter: its elements, and whether it is trained
 
-    def loop(self, trackers: Sequence[Tracker] = (), hooks: Sequence[Hook] = ()) -> Loop:
-        """The loop over all of it."""
+    @property
+    def engine_choice(self) -> str:
+        """The engine, and why it is this one."""
+        return f"engine {self.engine_label} ({self.engine_reason})"
+
+    def loop(
+        self,
+        trackers: Sequence[Tracker] = (),
+        hooks: Sequence[Hook] = (),
+        saver: Saver | None = None,
+        done: Outcome | None = None,
+    ) -> Loop:
+        """The loop over all of it, from its first step, or from where it is done already."""
         evaluation = self.evaluation
+        start = done.position if done else (0, 0)
         return Loop(
             engine=self.engine,
             task=self.task,
             world=self.world,
-            steps=self.train.steps(),
+            steps=self.train.steps(data_layer.Position(*start)),
             eval_batches=None if evaluation is None else lambda: evaluation,
             schedule=self.schedule,
             base_lrs=[group.hyper["lr"] for group in self.plan.groups],
@@ -80,7 +95,14 @@ class Training:
             hooks=hooks,
             on_nonfinite=self.config.health.on_nonfinite,
             move=self.move,
+            saver=saver,
+            done=done,
         )
+
+    def go_on_from(self, done: Outcome) -> None:
+        """Count the steps that are left from where the run is, which a change of the batch size moves."""
+        self.cadence = _cadence(self.config, self.train.steps_per_epoch, done)
+        self.schedule = _schedule(self.config, self.cadence, self.train)
 
     def move(self, batch: Batch) -> Batch:
         """A batch on this rank's device, in the run's dtype."""
@@ -123,15 +145,12 @@ def assemble(
     choices = _choices(config, prepared, compiled)
     engine = engines.build(name, prepared.model, prepared.blocks, plan, world, choices)
     cadence = _cadence(config, train.steps_per_epoch)
-    schedule = make_schedule(
-        config.optim.schedule, total_steps=cadence.total_steps, steps_per_epoch=train.steps_per_epoch
-    )
+    schedule = _schedule(config, cadence, train)
     # From here on random numbers are each rank's own: dropout must differ between ranks.
     seed_everything(config.run.seed + world.rank)
     label = f"deepspeed stage {config.engine.deepspeed.stage}" if name == "deepspeed" else name
-    choice = f"engine {label} ({why})"
     parts = (task, prepared.model, engine, plan, schedule, train, evaluation, cadence)
-    training = Training(config, world, *parts, choice, sizes)
+    training = Training(config, world, *parts, label, why, sets.fingerprint, sizes)
     if config.compile.scope != "none":
         _try_compiled(training, compiled)
     return training
@@ -311,8 +330,18 @@ def _try_first_batch(config: Config, task: Task, model: nn.Module, sets: data_la
     check(model, next(loader.steps()).microbatches[0])
 
 
-def _cadence(config: Config, steps_per_epoch: int) -> Cadence:
-    every = config.eval
-    total_steps = config.train.steps or (config.train.epochs or 0) * steps_per_epoch
-    eval_every = every.every_steps or (every.every_epochs * steps_per_epoch if every.every_epochs else None)
-    return Cadence(total_steps, steps_per_epoch, config.track.log_every, eval_every)
+def _schedule(config: Config, cadence: Cadence, train: TrainLoader) -> Schedule:
+    steps_per_epoch = train.steps_per_epoch
+    return make_schedule(config.optim.schedule, total_steps=cadence.total_steps, steps_per_epoch=steps_per_epoch)
+
+
+def _cadence(config: Config, steps_per_epoch: int, done: Outcome | None = None) -> Cadence:
+    epoch, offset = done.position if done else (0, 0)
+    taken = -(-offset // config.data.batch_size)  # steps of this epoch
+    left = max(0, ((config.train.epochs or 0) - epoch) * steps_per_epoch - taken)
+    return Cadence(
+        total_steps=config.train.steps or (done.steps if done else 0) + left,
+        log_every=config.track.log_every,
+        eval_every_steps=config.eval.every_steps,
+        eval_every_epochs=config.eval.every_epochs,
+    )

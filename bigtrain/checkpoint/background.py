@@ -41,6 +41,7 @@ class Background:
         folder: Where checkpoints lie.
         attempt: Which start of the run this is, the same on all ranks.
         still_ours: Asked on rank 0, in the writing thread, before the commit.
+        committed: Called on rank 0, in the writing thread, after it.
         files: The file system.
     """
 
@@ -51,6 +52,7 @@ class Background:
         *,
         attempt: str = "0",
         still_ours: Callable[[], bool] = lambda: True,
+        committed: Callable[[Path], None] = lambda path: None,
         files: Files = DISK,
     ) -> None:
         self._world = world
@@ -59,6 +61,7 @@ class Background:
         self._save: Callable[..., Path] = lambda *args, **options: save(
             self._ranks, Path(folder), *args, attempt=attempt, still_ours=still_ours, files=files, **options
         )
+        self._committed = committed
         self._files = files
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._thread: threading.Thread | None = None
@@ -108,7 +111,10 @@ class Background:
 
         def write() -> None:
             try:
-                self._outcome = self._save(step, copy, ready=ready, **kept)
+                path = self._save(step, copy, ready=ready, **kept)
+                if self._world.is_main:
+                    self._committed(path)
+                self._outcome = path
             except BaseException as error:
                 self._outcome = error
 

@@ -45,8 +45,8 @@ def load_newest(
     Args:
         ranks: Who loads.
         folder: Where checkpoints lie.
-        load: Fills this rank's state, and may communicate. After one that failed it is called again with another
-            reader, and must not mind what the first left behind.
+        load: Fills this rank's state, and may communicate; the reader has `extra`, too. After one that failed it is
+            called again with another reader, and must not mind what the first left behind.
         fall_back: Whether a damaged checkpoint may be passed over.
         at_most: How many may.
         wait_s: How long a rank waits to see what rank 0 sees.
@@ -165,6 +165,7 @@ class _Guarded:
         self.failure: CheckpointError | None = None
         self.hyper: Mapping[str, Mapping[str, Any]] = reader.hyper
         self.index: Mapping[Key, TensorSpec] = reader.index
+        self.extra: Mapping[str, Any] = reader.extra
         self._reader = reader
         for writer in range(ranks.rank, reader.num_writers, ranks.size):
             reader.shard(writer)
@@ -190,7 +191,7 @@ def _say_and_set_aside(ranks: Ranks, bad: Mapping[Path, Sequence[str]], taken: P
     if not ranks.is_main:
         return
     for path, problems in bad.items():
-        _log.warning("%s is damaged; going on from %s instead: %s", path.name, taken.name, "; ".join(problems))
+        _log.warning("%s is damaged; going on from %s instead: %s", path, taken.name, "; ".join(problems))
         try:
             _log.warning("renamed %s to %s", path.name, set_aside(path, files).name)
         except OSError as error:

@@ -70,6 +70,7 @@ def launch(
     from bigtrain import runs
     from bigtrain.config.loader import load
     from bigtrain.errors import UserError
+    from bigtrain.starting import allowed_for
     from launchers.local import run
     from launchers.plan import make_plan
 
@@ -77,11 +78,14 @@ def launch(
     config = load(run_file, changes).config
     debug = bool(context.find_root().params["debug"])
     plan = make_plan(config, Path(run_file), changes, nproc=nproc, debug=debug)
-    runs.check_free(config.run.dir, config.run.name)
+    runs.check_free(config.run.dir, config.run.name, allowed_for(config))
     folder = Path(config.run.dir)
     absent = [place for place in (folder, *folder.parents) if not place.exists()]
     attempt = runs.claim(config.run.dir, config.run.name)
-    code = run(plan, attempt)
+    try:
+        code = run(plan, attempt)
+    finally:
+        runs.give_back(attempt)
     if code == UserError.exit_code:  # nothing has begun: nothing stays
         runs.release(attempt)
         for place in absent:

@@ -76,6 +76,15 @@ def from_dict(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Resol
     return _resolve(from_python(values, "config", problems), overrides, problems, None)
 
 
+def loads(text: str) -> Config:
+    """What `dump` was given.
+
+    Raises:
+        ConfigError: Where the text is not what `dump` of this version writes.
+    """
+    return from_dict(yaml.safe_load(text)).config
+
+
 def _resolve(node: Node | None, overrides: Sequence[str], problems: Problems, path: Path | None) -> Resolved:
     layer = read_overrides(overrides, problems)
     whole = node and with_base(node, path.parent if path else Path(), problems)

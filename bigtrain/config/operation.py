@@ -85,31 +85,31 @@ class EveryBlocks(Section):
 class Checkpoint(Section):
     """When the training state is saved, how long it is kept, and what a new start does with it."""
 
-    every_steps: Annotated[PositiveInt | None, Available(None)] = None
+    every_steps: PositiveInt | None = 100
     """Save after this many optimizer steps; null: not by steps."""
 
-    every_minutes: Annotated[PositiveFloat | None, Available(None)] = None
+    every_minutes: PositiveFloat | None = None
     """Save after this many minutes; null: not by the clock."""
 
-    at_end: Annotated[bool, Available(False)] = False
+    at_end: bool = True
     """Save when the training ends."""
 
-    keep: Annotated[PositiveInt | None, Available(None)] = None
+    keep: PositiveInt | None = 3
     """How many of the newest checkpoints to keep, at least two; null: all."""
 
-    keep_every: Annotated[PositiveInt | None, Available(None)] = None
+    keep_every: PositiveInt | None = None
     """Keep for good every checkpoint whose step is a multiple of this; null: none."""
 
-    background: Annotated[bool, Available(False)] = False
+    background: bool = True
     """Write checkpoints while the training goes on."""
 
-    resume: Annotated[Literal["auto", "never"], Available("never")] = "never"
+    resume: Literal["auto", "never"] = "auto"
     """Whether a start in a folder that holds a run goes on from its last good checkpoint."""
 
     weights: Annotated[Literal["all", "trainable"], Available("all")] = "all"
     """Which weights are saved; trainable leaves the frozen ones to finetune.init_from."""
 
-    on_full: Annotated[Literal["stop", "continue"], Available("stop")] = "stop"
+    on_full: Literal["stop", "continue"] = "stop"
     """What to do where the disk is full: stop the run, or train on and save later."""
 
 

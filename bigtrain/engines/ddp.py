@@ -38,6 +38,7 @@ class DDPEngine(TorchEngine):
         )
         # Sums: the loss is divided by the targets of the global batch, not by the number of ranks.
         wrapped.register_comm_hook(world.group, _sum_bucket)
+        _settle_buckets(wrapped)
         super().__init__(model, wrapped, plan, world, choices)
 
     def _communicating(self, *, last: bool) -> AbstractContextManager[Any]:
@@ -56,6 +57,23 @@ class DDPEngine(TorchEngine):
         # The gradient is the same on every rank already; loss and count are not.
         self._world.all_reduce(sums[1:])
         return sums
+
+
+def _settle_buckets(wrapped: DistributedDataParallel) -> None:
+    """Have DDP choose its buckets now, by the order of the parameters, and not after the first step by its backward.
+
+    In which order the ranks' gradients are added depends on where they lie in a bucket. A run that goes on from a
+    checkpoint would add those of its first step in another order than the run that was never broken. So one backward
+    pass of zeros is sent through the buckets, after which DDP settles them for good.
+    """
+    trained = [p for p in wrapped.module.parameters() if p.requires_grad]
+    wrapped.reducer.prepare_for_forward()
+    wrapped.reducer.prepare_for_backward([])
+    zeros = [(p * 0).sum().float() for p in trained]  # autograd runs what was built last first
+    torch.autograd.backward(torch.stack([zero.to(zeros[0].device) for zero in zeros]).sum())
+    wrapped.reducer._rebuild_buckets()
+    for p in trained:
+        p.grad = None
 
 
 def _sum_bucket(group: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:

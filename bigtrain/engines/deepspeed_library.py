@@ -132,6 +132,8 @@ def _library(world: World) -> Any:
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     with _quiet():
         import deepspeed
+    # torch 2.14 renames collectives that DeepSpeed calls in every step; nobody but DeepSpeed can do anything about it.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # Its kernels for ranks of one machine serve inference alone, and would be compiled at the first start.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     name = deepspeed.accelerator.get_accelerator()._name

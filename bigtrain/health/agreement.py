@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,23 @@ from bigtrain.errors import CombinationError
 from bigtrain.state import BUFFER, Piece
 
 
+class Agreed(NamedTuple):
+    """What all ranks do at this step boundary.
+
+    Attributes:
+        stop: End the run here, with its state saved.
+        save: Save a checkpoint.
+    """
+
+    stop: bool
+    save: bool
+
+
+_NOTHING = Agreed(False, False)
+
+
 class Agreement:
-    """Whether any rank asked all to stop.
+    """What any rank asked of all.
 
     Args:
         world: The ranks; in a world of one nothing is sent.
@@ -31,33 +47,41 @@ class Agreement:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._wish = False
-        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._stop = False
+        self._save = False
+        self._flags = torch.zeros(2, dtype=torch.int32)
         self._work: dist.Work | None = None
 
     def wish_to_stop(self) -> None:
         """Ask all ranks to stop. Safe in a signal handler."""
-        self._wish = True
+        self._stop = True
 
-    def decide(self) -> bool:
-        """Post this rank's wish and return what all ranks agreed on a step ago. Every rank calls it once a step."""
+    def wish_to_save(self) -> None:
+        """Ask all ranks to save a checkpoint. Safe in a signal handler."""
+        self._save = True
+
+    def decide(self) -> Agreed:
+        """Post this rank's wishes and return what all ranks agreed on a step ago. Every rank calls it once a step."""
+        wishes = Agreed(self._stop, self._save)
+        self._save = False
         if self._world.size == 1:
-            return self._wish
+            return wishes
         agreed = self._take()
-        self._flag.fill_(self._wish)
-        self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._world.group, async_op=True)
+        self._flags[0], self._flags[1] = wishes
+        self._work = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, group=self._world.group, async_op=True)
         return agreed
 
     def close(self) -> None:
         """Wait for the reduction that is under way."""
         self._take()
 
-    def _take(self) -> bool:
+    def _take(self) -> Agreed:
         if self._work is None:
-            return False
+            return _NOTHING
         self._work.wait()
         self._work = None
-        return bool(self._flag.item())
+        stop, save = self._flags.tolist()
+        return Agreed(bool(stop), bool(save))
 
 
 def check_buffers(world: World, pieces: Iterable[Piece]) -> None:

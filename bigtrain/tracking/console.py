@@ -47,6 +47,11 @@ class Console:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Show one line of numbers."""
+        if "event" in row:
+            words = _event(row)
+            if words:
+                self.say(words)
+            return
         if any(key.startswith("eval/") for key in row):
             self.say(_evaluation(row))
             return
@@ -125,6 +130,12 @@ def _numbers(row: Mapping[str, Any], total_steps: int) -> list[str]:
         f"lr {rates}",
         f"norm {row['grad_norm']:.3f}",
     ]
+
+
+def _event(row: Mapping[str, Any]) -> str | None:
+    if row["event"] == "checkpoint":
+        return f"step {row['step']}: checkpoint, {row['bytes'] / 1e6:.1f} MB in {row['seconds']:.1f} s"
+    return None
 
 
 def _duration(seconds: float) -> str:

@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 from bigtrain.errors import UserError
+from bigtrain.metrics import from_json
 from bigtrain.named import call, load
-from bigtrain.runs import from_json
 from bigtrain.tracking.base import TrackedRun, Tracker
 
 _MOST_WAITING = 20_000

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bigtrain.runs import to_json
+from bigtrain.metrics import to_json
 from bigtrain.tracking.base import kind_of
 
 # What waits for a disk that is full; the oldest lines are given up after that.

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigtrain.runs import to_json
+from bigtrain.metrics import to_json
 from bigtrain.tracking.base import TrackedRun
 
 # What waits for trackers that are slow or not there yet; what comes after that is left out, and said.

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from bigtrain.config.loader import load
 from bigtrain.config.schema import Config
 from bigtrain.errors import RunFolderError
-from bigtrain.runs import from_json
+from bigtrain.metrics import from_json
 from bigtrain.tracking.base import PLACES, flat, kind_of
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})")

@@ -12,7 +12,8 @@ from bigtrain.config import schema
 from bigtrain.dist import World, join
 from bigtrain.engines import Choices, Engine
 from bigtrain.errors import NonFiniteError
-from bigtrain.loop import Cadence, Hook, Loop, StepInfo
+from bigtrain.loop import Loop
+from bigtrain.progress import Cadence, Hook, StepInfo
 from bigtrain.optim import plan_optimizer
 from bigtrain.protocols import Batch
 from bigtrain.tasks.regression import Regression
@@ -25,6 +26,7 @@ class StepData(NamedTuple):
     microbatches: list[Batch]
     epoch: int = 0
     num_samples: int = 2 * SAMPLES_A_RANK
+    end: tuple[int, int] = (0, 0)
 
 
 def my_steps(rank: int, spoiled: int | None) -> Iterator[StepData]:
@@ -71,7 +73,7 @@ def run(name: str, stopping_rank: int | None = None, spoiled: int | None = None)
             eval_batches=None,
             schedule=lambda step: 1.0,
             base_lrs=[1e-3],
-            cadence=Cadence(8, 8, log_every=2, eval_every=None),
+            cadence=Cadence(8, log_every=2),
             trackers=[],
             hooks=[Hook(look)],
             on_nonfinite="stop",

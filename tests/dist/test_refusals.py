@@ -14,7 +14,8 @@ from bigtrain.config import schema
 from bigtrain.dist import World, join
 from bigtrain.engines import Choices
 from bigtrain.errors import CombinationError
-from bigtrain.loop import Cadence, Loop
+from bigtrain.loop import Loop
+from bigtrain.progress import Cadence
 from bigtrain.optim import plan_optimizer
 from bigtrain.protocols import Batch
 from bigtrain.tasks.regression import Regression
@@ -57,6 +58,7 @@ class StepData(NamedTuple):
     microbatches: list[Batch]
     epoch: int = 0
     num_samples: int = 4
+    end: tuple[int, int] = (0, 0)
 
 
 def run(engine_name: str, model: nn.Module, world: World, **optim: Any) -> str:
@@ -74,7 +76,7 @@ def run(engine_name: str, model: nn.Module, world: World, **optim: Any) -> str:
         eval_batches=None,
         schedule=lambda step: 1.0,
         base_lrs=[1e-3],
-        cadence=Cadence(2, 2, log_every=1, eval_every=None),
+        cadence=Cadence(2, log_every=1),
         trackers=[],
         hooks=[],
         on_nonfinite="stop",

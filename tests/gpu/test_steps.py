@@ -16,8 +16,9 @@ from bigtrain.config import schema
 from bigtrain.dist import World
 from bigtrain.engines import Choices
 from bigtrain.errors import NonFiniteError
-from bigtrain.loop import Cadence, Hook, Loop, StepInfo, moved
+from bigtrain.loop import Loop, moved
 from bigtrain.optim import plan_optimizer
+from bigtrain.progress import Cadence, Hook, StepInfo
 from bigtrain.protocols import Batch
 from bigtrain.tasks.regression import Regression
 from tests.helpers.gpu import gpt_run, no_waiting, training
@@ -127,7 +128,7 @@ def make_loop(policy: str, hook: Hook, optimizer: str = "adamw") -> tuple[Loop, 
         None,
         lambda step: 1.0,
         [1e-3],
-        Cadence(total_steps=6, steps_per_epoch=100, log_every=100, eval_every=None),
+        Cadence(total_steps=6, log_every=100),
         (),
         [hook],
         policy,

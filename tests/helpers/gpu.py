@@ -13,7 +13,7 @@ from torch import Tensor
 from bigtrain import engines
 from bigtrain.config.loader import from_dict
 from bigtrain.dist import join
-from bigtrain.loop import Hook
+from bigtrain.progress import Hook
 from bigtrain.trainer import Subject, Training, assemble
 
 # Heads of 64 elements, as flash attention likes them; two share a key and value head.

@@ -17,8 +17,9 @@ from bigtrain.config import schema
 from bigtrain.dist import World
 from bigtrain.engines import Choices, Engine
 from bigtrain.errors import NonFiniteError
-from bigtrain.loop import Cadence, Hook, Loop, StepInfo, evaluate, moved, train_step
+from bigtrain.loop import Loop, evaluate, moved, train_step
 from bigtrain.optim import plan_optimizer
+from bigtrain.progress import Cadence, Hook, StepInfo
 from bigtrain.protocols import Batch, LossSum
 from bigtrain.tasks.regression import Regression
 
@@ -30,6 +31,7 @@ class StepData(NamedTuple):
     microbatches: list[Batch]
     epoch: int
     num_samples: int
+    end: tuple[int, int]
 
 
 def make_model() -> nn.Sequential:
@@ -70,7 +72,7 @@ def endless(change: Callable[[int, list[Batch]], None] = lambda step, batches: N
     while True:
         batches = microbatches(step, (6, 5))
         change(step, batches)
-        yield StepData(batches, step // 4, SAMPLES)
+        yield StepData(batches, step // 4, SAMPLES, divmod(step + 1, 4))
         step += 1
 
 
@@ -95,7 +97,7 @@ def make_loop(model: nn.Module, total: int = 5, **changes: Any) -> Loop:
         "eval_batches": None,
         "schedule": lambda step: 1 / (1 + step),
         "base_lrs": [OPTIM["lr"]],
-        "cadence": Cadence(total, 4, log_every=1000, eval_every=None),
+        "cadence": Cadence(total, log_every=1000),
         "trackers": [],
         "hooks": [],
         "on_nonfinite": "stop",
@@ -199,7 +201,7 @@ def test_evaluations_and_log_lines_come_when_they_are_due():
     loop = make_loop(
         make_model(),
         total=7,
-        cadence=Cadence(7, 4, log_every=3, eval_every=2),
+        cadence=Cadence(7, log_every=3, eval_every_steps=2),
         eval_batches=lambda: [make_batch(inputs, targets)],
         trackers=[tracker],
         hooks=[Hook(lambda info: told.append((info.step, info.evaluation)))],
@@ -336,7 +338,7 @@ def test_a_step_that_is_skipped_leaves_no_trace_but_its_number():
     )
     outcome = loop.run()
     assert (outcome.steps, outcome.num_skipped) == (4, 1)
-    good = (StepData(microbatches(step, (6, 5)), 0, SAMPLES) for step in (0, 2, 3))
+    good = (StepData(microbatches(step, (6, 5)), 0, SAMPLES, (0, 0)) for step in (0, 2, 3))
     make_loop(without, total=3, steps=good, schedule=lambda step: [1.0, 0.5, 0.25][step]).run()
     assert_equal(weights(model), weights(without))
 

@@ -3,22 +3,27 @@
 import json
 import math
 import multiprocessing
+import os
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from bigtrain import lease
 from bigtrain.errors import DataError, RunFolderError
+from bigtrain.metrics import from_json, to_json
 from bigtrain.runs import (
     ATTEMPT_VARIABLE,
+    Allowed,
     RunFolder,
     check_free,
     claim,
-    from_json,
+    give_back,
     read_errors,
-    read_metrics,
     release,
-    to_json,
     write_atomically,
     write_error,
 )
@@ -52,12 +57,12 @@ def test_a_run_begins_goes_on_and_finishes(tmp_path):
     assert folder.logs == (runs / "first" / "attempts" / "0" / "logs")
     assert folder.logs.is_dir()
     folder.finish({"steps": 3, "metrics": {"loss": 0.1, "worst": math.inf}})
-    assert files_below(runs / "first") == ["config.yaml", "result.json"]
+    assert files_below(runs / "first") == ["config.yaml", "lease", "result.json"]
     assert json.loads(folder.result.read_text()) == {"steps": 3, "metrics": {"loss": 0.1, "worst": "inf"}}
 
 
 def test_a_finished_run_is_not_begun_again(tmp_path):
-    RunFolder.create(tmp_path, "a", "").finish({"steps": 80, "metrics": {"accuracy": 0.975, "matrix": [[1]]}})
+    begun(tmp_path, "a").finish({"steps": 80, "metrics": {"accuracy": 0.975, "matrix": [[1]]}})
     error = refused(tmp_path, "a")
     assert "is finished: steps 80, accuracy 0.975" in error.problem
     assert "run.name=a-2" in error.remedy
@@ -68,9 +73,63 @@ def test_a_finished_run_is_not_begun_again(tmp_path):
     assert "is finished" in refused(tmp_path, "a").problem
 
 
-def test_an_unfinished_run_is_not_begun_again(tmp_path):
-    RunFolder.create(tmp_path, "a", "")
-    assert "resuming is not available yet" in refused(tmp_path, "a").problem
+def test_an_unfinished_run_goes_on_only_where_it_may(tmp_path):
+    first = RunFolder.create(tmp_path, "a", "")
+    assert "in use by process" in refused(tmp_path, "a").problem
+    give_back(first.attempt)
+    assert "has begun and not finished" in refused(tmp_path, "a").problem
+    again = RunFolder.create(tmp_path, "a", "new: 1\n", Allowed(unfinished=True))
+    assert (first.number, again.number) == (0, 1)
+    assert again.config.read_text() == "new: 1\n"
+
+
+def test_a_finished_run_goes_on_only_where_more_is_asked_for(tmp_path):
+    begun(tmp_path, "a").finish({"steps": 80})
+    with pytest.raises(RunFolderError, match="is finished"):
+        check_free(tmp_path, "a", Allowed(unfinished=True))
+    again = RunFolder.create(tmp_path, "a", "", Allowed(unfinished=True, finished=True))
+    assert not again.result.exists()
+    assert json.loads((again.attempt / "earlier-result.json").read_text()) == {"steps": 80}
+
+
+LIVES = "import sys, time; from bigtrain.runs import *; claim(sys.argv[1], 'a'); print(flush=True); time.sleep(60)"
+
+
+def test_a_live_run_is_in_use_until_its_process_is_gone(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", LIVES, tmp_path], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        for begin in (lambda: check_free(tmp_path, "a", Allowed(True, True)), lambda: claim(tmp_path, "a")):
+            with pytest.raises(RunFolderError, match=f"in use by process {process.pid} on ") as caught:
+                begin()
+            assert "run.name=a-2" in caught.value.remedy
+        process.kill()
+    assert claim(tmp_path, "a").name == "1"
+
+
+def test_a_lease_of_another_machine_lapses(tmp_path, monkeypatch):
+    claim(tmp_path, "a")
+    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+    with pytest.raises(RunFolderError, match=r"last heard of \d+ s ago"):
+        claim(tmp_path, "a")
+    monkeypatch.setenv("BIGTRAIN_OWNER", "job 7")  # not the owner of that lease either
+    with pytest.raises(RunFolderError, match="in use"):
+        claim(tmp_path, "a")
+    stale = time.time() - lease.LAPSES_AFTER_S - 1
+    os.utime(tmp_path / "a" / "lease", (stale, stale))
+    assert claim(tmp_path, "a").name == "1"
+    monkeypatch.setattr("socket.gethostname", lambda: "a third")
+    assert claim(tmp_path, "a").name == "2"  # the same job, moved to another machine
+
+
+def test_an_earlier_attempt_owns_nothing_any_more(tmp_path):
+    claim(tmp_path, "a")
+    folder = tmp_path / "a"
+    assert lease.owns(folder, 0)
+    give_back(folder / "attempts" / "0")
+    claim(tmp_path, "a")
+    assert not lease.owns(folder, 0)
+    lease.drop(folder, 0)  # a forgotten writer that ends
+    assert lease.owns(folder, 1)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
@@ -93,14 +152,19 @@ def test_a_launched_run_begins_in_the_attempt_of_its_launcher(tmp_path, monkeypa
     check_free(tmp_path, "a")
     attempt = claim(tmp_path, "a")
     (attempt / "logs" / "rank-1.log").write_text("starting")
-    assert "is being started by another process" in refused(tmp_path, "a").problem  # a second launch
-
     monkeypatch.setenv(ATTEMPT_VARIABLE, str(attempt))
     monkeypatch.chdir(tmp_path)
     folder = RunFolder.create(".", "a", "task: x\n")  # its rank 0, by another way to the same folder
     assert folder.attempt == attempt
-    assert "resuming is not available yet" in refused(tmp_path, "a").problem
+    assert "has begun and not finished" in refused(tmp_path, "a").problem
     assert RunFolder.create(tmp_path, "b", "").attempt == tmp_path / "b" / "attempts" / "0"  # not the launcher's run
+
+
+def begun(folder, name, config_yaml=""):
+    """A run that has begun, and whose start has ended."""
+    made = RunFolder.create(folder, name, config_yaml)
+    give_back(made.attempt)
+    return made
 
 
 def test_a_launch_that_never_began_leaves_nothing(tmp_path):
@@ -150,29 +214,6 @@ def test_numbers_survive_json():
     numbers = [math.inf, -math.inf, 0.30000000000000004]
     assert from_json(json.loads(text)) == {"a": numbers, "b": {"c": [1, None, "text"]}}
     assert math.isnan(from_json(json.loads(json.dumps(to_json(math.nan)))))
-
-
-def test_metrics_are_read_to_the_last_whole_line(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step":1,"loss":0.5}\n{"step":2,"loss":"nan"}\n{"step":3,"lo')
-    rows = read_metrics(path)
-    assert rows[0] == {"step": 1, "loss": 0.5}
-    assert math.isnan(rows[1]["loss"])
-    assert len(rows) == 2
-    path.write_bytes('{"name":"é"}\n'.encode()[:-4])
-    assert read_metrics(path) == []
-    path.write_text('{"step":1}')
-    assert read_metrics(path) == [{"step": 1}]
-
-
-def test_damaged_or_absent_metrics_are_named(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    with pytest.raises(RunFolderError, match="there is no file"):
-        read_metrics(path)
-    path.write_text('{"step":1}\nbroken\n{"step":3}\n')
-    with pytest.raises(RunFolderError) as caught:
-        read_metrics(path)
-    assert caught.value.where == f"{path}:2"
 
 
 def fail(attempt, rank):

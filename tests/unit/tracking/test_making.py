@@ -78,4 +78,6 @@ def test_only_rank_0_has_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     subprocess.run(command, check=True, timeout=120, cwd=Path(__file__).parents[3], capture_output=True)
     folder = tmp_path / "runs" / "it"
     assert len(list((folder / "wandb").glob("*run-*"))) == 1
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 12  # ten steps, two evaluations
+    assert (
+        len((folder / "metrics.jsonl").read_text().splitlines()) == 14
+    )  # ten steps, two evaluations, a start and a checkpoint

@@ -1,0 +1,180 @@
+"""What the loop tells others and asks of them: how far a run has come, hooks, trackers, and who keeps its state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from bigtrain.engines.sums import StepResult
+from bigtrain.protocols import Batch
+
+
+class StepInfo:
+    """What a hook is told after a step. Reading `loss` or `grad_norm` waits for the device.
+
+    Attributes:
+        step: The number of steps taken; the one just completed is its last.
+        epoch: The epoch it belonged to, from 0.
+        num_samples: Samples of the global batch.
+        samples_seen: Samples since the start of the run.
+        lr: The rate of each optimizer group in this step.
+        evaluation: The evaluation made after this step, if there was one.
+    """
+
+    def __init__(
+        self, result: StepResult, step: int, epoch: int, num_samples: int, samples_seen: int, lr: list[float]
+    ) -> None:
+        self._result = result
+        self.step = step
+        self.epoch = epoch
+        self.num_samples = num_samples
+        self.samples_seen = samples_seen
+        self.lr = lr
+        self.evaluation: dict[str, Any] | None = None
+        self.stop_requested = False
+        self.save_requested = False
+
+    @property
+    def loss(self) -> float:
+        """The mean loss of the global batch."""
+        return float(self._result.loss)
+
+    @property
+    def grad_norm(self) -> float:
+        """The gradient's norm before clipping."""
+        return float(self._result.norm)
+
+    def stop(self) -> None:
+        """Ask all ranks to stop at the next step boundary."""
+        self.stop_requested = True
+
+    def save(self) -> None:
+        """Ask all ranks to save a checkpoint at the next step boundary."""
+        self.save_requested = True
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A function called after every `every`-th step, on every rank."""
+
+    call: Callable[[StepInfo], None]
+    every: int = 1
+
+
+class Tracker(Protocol):
+    """Where numbers go."""
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Take one line of numbers; `step` is among them."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+class TrainBatch(Protocol):
+    """What the loop needs to know of one step's data."""
+
+    @property
+    def microbatches(self) -> list[Batch]:
+        """This rank's part."""
+
+    @property
+    def epoch(self) -> int:
+        """Counted from 0."""
+
+    @property
+    def num_samples(self) -> int:
+        """Of the global batch."""
+
+    @property
+    def end(self) -> tuple[int, int]:
+        """Where the next step begins: the epoch, and how many of its samples have been consumed."""
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """When things happen; None is never.
+
+    Attributes:
+        total_steps: When the run is done.
+        log_every: A line of numbers, in steps.
+        eval_every_steps: An evaluation; there is always one at the end if there is data for it.
+        eval_every_epochs: The same in epochs.
+    """
+
+    total_steps: int
+    log_every: int
+    eval_every_steps: int | None = None
+    eval_every_epochs: int | None = None
+
+
+@dataclass
+class Outcome:
+    """How far a run has come; in the end, how it ended.
+
+    Attributes:
+        steps: Optimizer steps taken.
+        samples: Samples seen.
+        evaluation: The last evaluation.
+        stopped: Whether it was asked to stop before its end.
+        num_skipped: Steps whose numbers were not finite.
+        position: Where the next step begins in the data: the epoch, and how many of its samples have been consumed.
+    """
+
+    steps: int = 0
+    samples: int = 0
+    evaluation: dict[str, Any] = field(default_factory=dict, repr=False)
+    stopped: bool = False
+    num_skipped: int = 0
+    position: tuple[int, int] = (0, 0)
+
+
+class Saver(Protocol):
+    """Keeps the state of the training on disk. Every rank makes the same calls."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether the state after this step is to be saved, by the number of steps."""
+
+    def is_late(self) -> bool:
+        """Whether it is to be saved by the clock, on this rank's own opinion."""
+
+    def save(self, outcome: Outcome) -> None:
+        """Save the state as it is now; it may be written while the training goes on."""
+
+    def poll(self) -> None:
+        """Hear of what has been written, once a step.
+
+        Raises:
+            SaveError: On all ranks, why it was not.
+        """
+
+    def finish(self, outcome: Outcome) -> None:
+        """Save the state at the end, if it is wanted and is not saved yet, and wait until it is on the disk."""
+
+    def settle(self) -> None:
+        """Wait for what is being written, and save nothing more."""
+
+
+class SavesNothing:
+    """A saver for runs that keep nothing."""
+
+    def is_due(self, step: int) -> bool:
+        """Never."""
+        return False
+
+    def is_late(self) -> bool:
+        """Never."""
+        return False
+
+    def save(self, outcome: Outcome) -> None:
+        """Save nothing."""
+
+    def poll(self) -> None:
+        """Hear nothing."""
+
+    def finish(self, outcome: Outcome) -> None:
+        """Save nothing."""
+
+    def settle(self) -> None:
+        """Wait for nothing."""

@@ -1,0 +1,195 @@
+"""What a checkpoint holds besides the engine's state, and going on from one: exactly, or not at all.
+
+Under the same engine and number of ranks a run goes on bit for bit as it would have: data position, random numbers
+and step counters are those of the checkpoint. Under another number of ranks, each rank's random numbers (dropout's)
+are drawn anew from (seed, rank, step): there is no stream that they could go on with.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+import yaml
+from torch import Tensor
+
+from bigtrain.checkpoint import CheckpointReader, Ranks, load_newest
+from bigtrain.config.loader import Change, diff, dump, loads
+from bigtrain.config.schema import Config
+from bigtrain.errors import ConfigError, RunFolderError
+from bigtrain.prepare import seed_everything
+from bigtrain.progress import Outcome
+from bigtrain.saving import Source
+from bigtrain.state import Box, Reader, TensorSpec
+from bigtrain.trainer import Training
+
+# What a run cannot change when it goes on, and why not.
+_FIXED = {
+    "run.seed": "the order of the samples follows from it",
+    "task": "it would be another training",
+    "model": "it would be another model",
+    "optim.name": "its state is another optimizer's",
+}
+# What says where and how a run is kept, not what it computes: a change of it is not worth a word.
+_UNSAID = ("run.name", "run.dir", "launch", "track", "checkpoint", "profile")
+
+_LARGEST_KEPT = 10_000  # elements of a tensor among an evaluation's numbers
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on from.
+
+    Attributes:
+        outcome: How far it had come.
+        path: The checkpoint.
+        words: What to tell the user, line by line.
+    """
+
+    outcome: Outcome
+    path: Path
+    words: list[str]
+
+
+def source_of(training: Training) -> Source:
+    """What checkpoints of a training are made of."""
+    config, world = training.config, training.world
+
+    def extra(outcome: Outcome) -> dict[str, Any]:
+        return {
+            "samples": outcome.samples,
+            "position": list(outcome.position),
+            "num_skipped": outcome.num_skipped,
+            "evaluation": {name: kept for name, value in outcome.evaluation.items() if (kept := _kept(value)) != []},
+            "fingerprint": training.fingerprint,
+            "config": dump(config),
+            "engine": training.engine_label,
+            "world_size": world.size,
+            "torch": str(torch.__version__),
+        }
+
+    return Source(training.engine.state, extra, lambda: {"random": random_state(world.device)})
+
+
+def resume(training: Training, folder: Path) -> Resumed | None:
+    """Go on from the newest good checkpoint of a run; None where there is none. Every rank must call it.
+
+    Raises:
+        RunFolderError: On all ranks, where the run file or the data have changed in a way that a run cannot go on
+            with; nothing was changed.
+        StateError: On all ranks, listing everything in the state that does not fit the model.
+        CheckpointError: Where checkpoints are there and none can be read.
+    """
+    world, config = training.world, training.config
+    changes: list[Change] = []
+
+    def load(reader: Reader) -> None:
+        kept: Mapping[str, Any] = reader.extra  # type: ignore[attr-defined]
+        changes[:] = _changes(kept, config)
+        _refuse_changes(changes, kept, training, folder)
+        is_tuned = any(change.key.startswith("optim.") for change in changes)
+        training.engine.load(_WithHyper(reader, training.engine.state().hyper) if is_tuned else reader)
+
+    reader = load_newest(Ranks(world), folder, load)
+    if reader is None:
+        return None
+    with reader:
+        kept = reader.extra
+        outcome = Outcome(
+            steps=reader.step,
+            samples=kept["samples"],
+            evaluation=dict(kept["evaluation"]),
+            num_skipped=kept["num_skipped"],
+            position=(kept["position"][0], kept["position"][1]),
+        )
+        is_same_size = reader.num_writers == world.size
+        if is_same_size:
+            set_random_state(reader.own(world.rank)["random"], world.device)
+        else:
+            word = xxhash.xxh64_intdigest(f"{config.run.seed}/{world.rank}/{reader.step}".encode())
+            seed_everything(word >> 1)
+        return Resumed(outcome, reader.path, list(_words(reader, changes, is_same_size)))
+
+
+def _changes(kept: Mapping[str, Any], config: Config) -> list[Change]:
+    try:
+        before = loads(kept["config"])
+    except (ConfigError, yaml.YAMLError):
+        return []  # written by a version with other keys: the state itself is checked all the same
+    return diff(before, loads(dump(config)))
+
+
+def _refuse_changes(changes: list[Change], kept: Mapping[str, Any], training: Training, folder: Path) -> None:
+    wrong = [
+        f"{change.key} was {change.before!r} and is {change.after!r}: {why}"
+        for change in changes
+        for key, why in _FIXED.items()
+        if change.key == key or change.key.startswith(key + ".")
+    ]
+    if kept["fingerprint"] != training.fingerprint:
+        wrong.append("the data are not those that the run has been trained on: their fingerprint has changed")
+    if wrong:
+        raise RunFolderError(
+            f"the run {training.config.run.name} cannot go on:\n  " + "\n  ".join(wrong),
+            where=str(folder),
+            remedy="put back what has changed; or begin a new run under another run.name",
+        )
+
+
+def _words(reader: CheckpointReader, changes: list[Change], is_same_size: bool) -> Iterator[str]:
+    kept = reader.extra
+    ranks = f"{kept['world_size']} process{'es' if kept['world_size'] > 1 else ''}"
+    yield f"going on from step {reader.step}, saved by {kept['engine']} on {ranks}: {reader.path}"
+    said = [change for change in changes if not any(change.key.startswith(key) for key in _UNSAID)]
+    for change in said:
+        yield f"changed: {change.key} was {change.before!r} and is {change.after!r}"
+    if not is_same_size:
+        yield "the number of processes is another: random numbers (dropout's) are drawn anew"
+
+
+def _kept(value: Any) -> Any:
+    """A number of an evaluation as JSON keeps it; an empty list for what is too large."""
+    if not isinstance(value, Tensor):
+        return value if isinstance(value, int | float | str) else []
+    return value.tolist() if value.numel() <= _LARGEST_KEPT else []
+
+
+class _WithHyper:
+    """A reader whose hyperparameters are the run file's, which has changed them."""
+
+    def __init__(self, reader: Reader, hyper: Mapping[str, Mapping[str, Any]]) -> None:
+        self._reader = reader
+        self.hyper = hyper
+        self.index: Mapping[tuple[str, str], TensorSpec] = reader.index
+
+    def read_into(self, kind: str, name: str, box: Box, out: Tensor) -> None:
+        self._reader.read_into(kind, name, box, out)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of this process's random number generators, as plain values and bytes."""
+    kind, keys, *rest = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (str(kind), np.asarray(keys).tobytes(), *(type(part)(part) for part in rest)),
+        "torch": torch.get_rng_state().numpy().tobytes(),
+    }
+    if device.type == "cuda":
+        state["device"] = torch.cuda.get_rng_state(device).numpy().tobytes()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Put this process's random number generators where `random_state` found them."""
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.frombuffer(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(torch.frombuffer(bytearray(state["torch"]), dtype=torch.uint8))
+    if device.type == "cuda" and "device" in state:
+        torch.cuda.set_rng_state(torch.frombuffer(bytearray(state["device"]), dtype=torch.uint8), device)

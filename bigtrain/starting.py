@@ -1,0 +1,32 @@
+"""Whether a run may start where the run file says, which everybody who starts one asks before anything is built.
+
+This module does not import torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bigtrain import runs
+from bigtrain.config.loader import load
+from bigtrain.config.schema import Config
+from bigtrain.errors import ConfigError
+
+
+def allowed_for(config: Config) -> runs.Allowed:
+    """What may lie in the run's folder already: a run that goes on, if the run file lets it."""
+    goes_on = config.checkpoint.resume == "auto"
+    return runs.Allowed(unfinished=goes_on, finished=goes_on and _asks_for_more(config))
+
+
+def _asks_for_more(config: Config) -> bool:
+    """Whether the run file now asks for a longer training than the one in the folder was."""
+    path = Path(config.run.dir, config.run.name, runs.CONFIG)
+    try:
+        before = load(path).config.train
+    except ConfigError:  # there is none, or one of a version with other keys
+        return False
+    now = config.train
+    return (before.steps is not None and (now.steps or 0) > before.steps) or (
+        before.epochs is not None and (now.epochs or 0) > before.epochs
+    )

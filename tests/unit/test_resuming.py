@@ -1,0 +1,244 @@
+"""A run that is broken off goes on as if it had not been, to the last bit; what has changed is told, or refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+import bigtrain
+from bigtrain.checkpoint import diff, find, verify
+from bigtrain.errors import NoGoodError, NonFiniteError, RunFolderError, StateError
+from tests.helpers.resuming import STEPS, BrokenOffError, Trace, break_off, config, losses, stop
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    trace = Trace()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run = bigtrain.train(config(folder), hooks=[trace])
+    torch.set_num_threads(threads)
+    return run.path, trace
+
+
+def final(path: Path) -> Path:
+    return find(path / "checkpoints")[0]
+
+
+def assert_as_unbroken(run, trace, unbroken):
+    path, expected = unbroken
+    assert trace.steps == expected.steps
+    assert losses(run) == losses(path)
+    assert diff(final(run.path), final(path)).differences == ()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("at", [1, 5, 7, 11])
+def test_a_run_that_dies_goes_on_to_the_last_bit(tmp_path, unbroken, at, workers):
+    values = config(tmp_path)
+    values["data"]["workers"] = workers
+    trace = Trace()
+    with pytest.raises(BrokenOffError):
+        bigtrain.train(values, hooks=[trace, break_off(at)])
+    run = bigtrain.train(values, hooks=[trace])
+    assert_as_unbroken(run, trace, unbroken)
+
+
+@pytest.mark.parametrize("at", range(1, STEPS))
+def test_a_run_that_is_stopped_goes_on_to_the_last_bit(tmp_path, unbroken, at):
+    trace = Trace()
+    run = bigtrain.train(config(tmp_path), hooks=[trace, stop(at)])
+    assert run.outcome.stopped
+    assert find(run.path / "checkpoints")[0].name == f"step-{at:08d}"
+    assert_as_unbroken(bigtrain.train(config(tmp_path), hooks=[trace]), trace, unbroken)
+
+
+def test_five_stops_within_a_run(tmp_path, unbroken):
+    trace = Trace()
+    for at in (1, 2, 3, 6, STEPS - 1):
+        bigtrain.train(config(tmp_path), hooks=[trace, stop(at)])
+    run = bigtrain.train(config(tmp_path), hooks=[trace])
+    assert_as_unbroken(run, trace, unbroken)
+    assert sorted(entry.name for entry in (run.path / "attempts").iterdir()) == list("012345")
+
+
+def test_written_in_the_foreground_it_is_the_same(tmp_path, unbroken):
+    values = config(tmp_path, checkpoint={"every_steps": 5, "background": False})
+    trace = Trace()
+    with pytest.raises(BrokenOffError):
+        bigtrain.train(values, hooks=[trace, break_off(8)])
+    assert_as_unbroken(bigtrain.train(values, hooks=[trace]), trace, unbroken)
+
+
+def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path, unbroken, caplog):
+    trace = Trace()
+    bigtrain.train(config(tmp_path), hooks=[trace, stop(7)])
+    newest = find(tmp_path / "runs" / "run" / "checkpoints")[0]
+    shard = newest / "shard-00000.safetensors"
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    shard.write_bytes(raw)
+    with caplog.at_level(logging.WARNING, logger="bigtrain"):
+        run = bigtrain.train(config(tmp_path), hooks=[trace])
+    assert "step-00000007 is damaged; going on from step-00000005 instead" in caplog.text
+    assert str(newest) in caplog.text
+    assert f"{newest.name}/{shard.name} is damaged" in caplog.text
+    assert_as_unbroken(run, trace, unbroken)
+    assert (newest.parent / "step-00000007.bad").is_dir()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path):
+    bigtrain.train(config(tmp_path), hooks=[stop(7)])
+    folder = tmp_path / "runs" / "run" / "checkpoints"
+    for path in find(folder):
+        (path / "manifest.json").write_text("{}")
+    before = sorted(folder.iterdir())
+    with pytest.raises(NoGoodError) as caught:
+        bigtrain.train(config(tmp_path))
+    assert all(str(path) in str(caught.value) for path in before)
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_again(tmp_path, unbroken):
+    trace = Trace()
+    with pytest.raises(BrokenOffError):
+        bigtrain.train(config(tmp_path), hooks=[trace, break_off(2)])
+    assert find(tmp_path / "runs" / "run" / "checkpoints") == []
+    assert_as_unbroken(bigtrain.train(config(tmp_path), hooks=[trace]), trace, unbroken)
+
+
+def test_a_finished_run_goes_on_when_more_is_asked_for(tmp_path):
+    constant = config(tmp_path, optim={"lr": 0.01})
+    whole = bigtrain.train(constant, ["run.name=whole"])
+    bigtrain.train(constant, ["train.steps=4"])
+    with pytest.raises(RunFolderError, match="is finished: steps 4") as caught:
+        bigtrain.train(constant, ["train.steps=3"])
+    assert "raise train.steps" in caught.value.remedy
+    run = bigtrain.train(constant)
+    assert losses(run) == losses(whole)
+    assert json.loads((run.path / "result.json").read_text())["steps"] == STEPS
+    assert json.loads((run.path / "attempts" / "1" / "earlier-result.json").read_text())["steps"] == 4
+
+
+def test_epochs_end_where_they_would_after_a_change_of_the_batch(tmp_path):
+    values = config(tmp_path, train={"epochs": 3})
+    bigtrain.train(values, hooks=[stop(4)])  # one step into the second epoch
+    seen = []
+    bigtrain.train(values, ["data.batch_size=2"], hooks=[lambda info: seen.append((info.epoch, info.num_samples))])
+    assert seen == [(1, 2)] * 3 + [(1, 1)] + [(2, 2)] * 5 + [(2, 1)]  # 7 samples of an epoch of 11, then 11
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("run.seed=4", "run.seed was 3 and is 4"),
+        ("model.args.dropout=0.2", "model.args.dropout was 0.1 and is 0.2"),
+        ("optim.name=sgd", "optim.name was 'adamw' and is 'sgd'"),
+        ("data.args.context=3", "fingerprint has changed"),
+    ],
+)
+def test_what_a_run_cannot_go_on_with_is_refused_and_changes_nothing(tmp_path, change, said):
+    bigtrain.train(config(tmp_path), hooks=[stop(7)])
+    path = tmp_path / "runs" / "run"
+    before = sorted(path.rglob("*"))
+    with pytest.raises(RunFolderError) as caught:
+        bigtrain.train(config(tmp_path), [change])
+    assert said in str(caught.value)
+    assert sorted(path.rglob("*")) == before
+
+
+def test_data_that_have_changed_are_refused(tmp_path):
+    bigtrain.train(config(tmp_path), hooks=[stop(7)])
+    text = tmp_path / "text.txt"
+    text.write_text(text.read_text().replace("fox", "cat"))
+    with pytest.raises(RunFolderError, match="the data are not those that the run has been trained on"):
+        bigtrain.train(config(tmp_path))
+
+
+def test_another_model_under_the_same_name_is_listed_whole(tmp_path):
+    """The run file says the same, and the factory's code has changed."""
+    made = {"width": 5}
+
+    def factory():
+        return torch.nn.Sequential(torch.nn.Linear(3, made["width"]), torch.nn.Linear(made["width"], 1))
+
+    data = torch.utils.data.TensorDataset(torch.randn(8, 3), torch.randn(8, 1))
+    values = {
+        "run": {"name": "run", "dir": str(tmp_path)},
+        "task": "regression",
+        "data": {"name": "x", "batch_size": 4, "eval": "none"},
+        "train": {"steps": 4},
+        "engine": {"device": "cpu"},
+        "track": {"progress": "none"},
+    }
+    bigtrain.train(values, model=factory, data=data, hooks=[stop(2)])
+    made["width"] = 6
+    with pytest.raises(StateError) as caught:
+        bigtrain.train(values, model=factory, data=data)
+    for name in ("0.weight", "0.bias", "1.weight"):
+        assert f"different: weight {name}" in str(caught.value)
+
+
+def test_a_changed_rate_is_told_and_used(tmp_path, capsys):
+    bigtrain.train(config(tmp_path), hooks=[stop(7)])
+    rates = []
+    bigtrain.train(
+        config(tmp_path),
+        ["optim.lr=0.02", "optim.schedule=constant", "track.progress=plain"],
+        hooks=[lambda info: rates.append(info.lr)],
+    )
+    said = capsys.readouterr().out
+    assert "going on from step 7, saved by single on 1 process" in said
+    assert "changed: optim.lr was 0.01 and is 0.02" in said
+    assert all(sorted(set(lr)) == [0.003, 0.02] for lr in rates)
+
+
+def test_hooks_can_ask_for_a_checkpoint(tmp_path):
+    run = bigtrain.train(
+        config(tmp_path, checkpoint={"every_steps": None, "at_end": False}),
+        hooks=[lambda info: info.save() if info.step in (3, 8) else None],
+    )
+    assert [path.name for path in find(run.path / "checkpoints")] == ["step-00000008", "step-00000003"]
+
+
+def test_by_the_clock(tmp_path):
+    run = bigtrain.train(config(tmp_path, checkpoint={"every_steps": None, "every_minutes": 1e-6, "keep": None}))
+    assert len(find(run.path / "checkpoints")) == STEPS
+
+
+def test_retention(tmp_path):
+    policy = {"every_steps": 1, "keep": 1, "keep_every": 4}
+    run = bigtrain.train(config(tmp_path, checkpoint=policy))
+    steps = [int(path.name[-8:]) for path in find(run.path / "checkpoints")]
+    assert steps == [12, 11, 8, 4]  # the newest two whatever keep says
+    assert all(verify(path).is_good for path in find(run.path / "checkpoints"))
+
+
+def test_no_checkpoint_of_a_step_that_is_not_finite(tmp_path):
+    data = torch.utils.data.TensorDataset(torch.randn(8, 3), torch.randn(8, 1))
+
+    def spoil(info):
+        if info.step == 5:
+            data.tensors[0].fill_(float("nan"))
+
+    values = config(tmp_path, task="regression", finetune={}, checkpoint={"every_steps": 1, "keep": None})
+    values |= {"data": {"name": "x", "batch_size": 4, "eval": "none"}, "optim": {"lr": 0.01}}
+    del values["model"]
+    with pytest.raises(NonFiniteError, match="in step 6"):
+        bigtrain.train(values, model=lambda: torch.nn.Linear(3, 1), data=data, hooks=[spoil])
+    newest = find(tmp_path / "runs" / "run" / "checkpoints")[0]
+    assert newest.name == "step-00000005"
+    assert verify(newest).is_good
