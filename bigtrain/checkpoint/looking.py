@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from bigtrain.checkpoint.shard_file import ShardFile
 from bigtrain.checkpoint.shards import CHUNK
 from bigtrain.errors import CheckpointError, CorruptError
 from bigtrain.state import WEIGHT, Box, whole
+
+Progress = Callable[[int], None]
 
 _AT_ONCE = 1 << 22  # elements that are compared at once
 
@@ -67,12 +69,15 @@ class Verification:
         return not self.faults
 
 
-def verify(path: Path, *, threads: int = 4, files: Files = DISK) -> Verification:
+def verify(
+    path: Path, *, threads: int = 4, progress: Progress = lambda count: None, files: Files = DISK
+) -> Verification:
     """Read every byte of a checkpoint and compare lengths and hashes.
 
     Args:
         path: Its folder.
         threads: How many files are read at once.
+        progress: Told how many bytes have been looked at since the last time; by several threads.
         files: The file system.
 
     Raises:
@@ -87,7 +92,7 @@ def verify(path: Path, *, threads: int = 4, files: Files = DISK) -> Verification
         return Verification(path, 0, 0, (_fault(error),), ())
     shards = reader.manifest.shards
     with ThreadPoolExecutor(threads) as pool:
-        checks = [pool.submit(_check_shard, reader, writer, files) for writer in range(len(shards))]
+        checks = [pool.submit(_check_shard, reader, writer, progress, files) for writer in range(len(shards))]
         faults = [fault for check in checks for fault in check.result()]
     own = {MANIFEST, STATE, *(shard_name(writer) for writer in range(len(shards)))}
     strangers = tuple(name for name in files.names(path) if name not in own)
@@ -95,7 +100,7 @@ def verify(path: Path, *, threads: int = 4, files: Files = DISK) -> Verification
     return Verification(path, len(own), num_bytes, tuple(faults or _check_cover(reader)), strangers)
 
 
-def _check_shard(reader: CheckpointReader, writer: int, files: Files) -> list[Fault]:
+def _check_shard(reader: CheckpointReader, writer: int, progress: Progress, files: Files) -> list[Fault]:
     faults: list[Fault] = []
     try:
         shard = ShardFile(reader.path / shard_name(writer), reader.manifest.shards[writer], files)
@@ -107,6 +112,7 @@ def _check_shard(reader: CheckpointReader, writer: int, files: Files) -> list[Fa
             shard.check(entry, scratch)
         except CheckpointError as error:
             faults.append(_fault(error))
+        progress(entry.num_bytes)
     shard.close()
     return faults
 
@@ -161,7 +167,7 @@ class Comparison:
     differences: tuple[Difference, ...]
 
 
-def diff(a: Path, b: Path, *, files: Files = DISK) -> Comparison:
+def diff(a: Path, b: Path, *, progress: Progress = lambda count: None, files: Files = DISK) -> Comparison:
     """Compare two checkpoints by name: weights, buffers, moments and hyperparameters.
 
     Raises:
@@ -172,6 +178,8 @@ def diff(a: Path, b: Path, *, files: Files = DISK) -> Comparison:
         num_equal = 0
         for key in sorted(ours.index.keys() | theirs.index.keys()):
             difference = _compare(key, ours, theirs)
+            shape, dtype = ours.index.get(key) or theirs.index[key]
+            progress(math.prod(shape) * dtype.itemsize)
             if difference:
                 differences.append(difference)
             else:

@@ -318,7 +318,8 @@ def _write_data(file: Output, offset: int, entries: Sequence[Entry], pieces: Seq
     for entry, piece in zip(entries, pieces, strict=True):
         if not entry.num_bytes:
             continue
-        for block in _blocks(piece.data):
+        read = getattr(piece, "read", None)  # data that are not in memory until they are written
+        for block in _blocks(read() if read else piece.data):
             hashes += [hash_of(block[start : start + CHUNK]) for start in range(0, block.nbytes, CHUNK)]
             waiting.append(block)
             size += block.nbytes

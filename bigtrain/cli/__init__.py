@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import bigtrain
-from bigtrain.cli import config, data, runs
+from bigtrain.cli import ckpt, config, data, runs
 from bigtrain.cli.explain import explain
 from bigtrain.cli.parity import parity
 from bigtrain.cli.report import report
@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
+app.add_typer(ckpt.app, name="ckpt")
 app.add_typer(runs.app, name="runs")
 app.command("try")(try_run)
 for command in (train, launch, parity, explain, report):

@@ -40,6 +40,7 @@ FLOORS = {
     "bigtrain.loop": 6,
     "bigtrain.report": 6,
     "bigtrain.saving": 6,
+    "bigtrain.doors": 6,
     "bigtrain.trainer": 7,
     "launchers": 7,
     "bigtrain.explain": 8,

@@ -1,0 +1,231 @@
+"""`bigtrain ckpt`: look at checkpoints, compare them, remove old ones, and take them to other libraries and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from bigtrain.checkpoint.looking import Comparison, Description, Verification
+
+app = typer.Typer(help="Look at checkpoints, compare, remove, export and import them.", no_args_is_help=True)
+
+Path_ = Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint's folder, or a run's: its newest.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Form = Literal["hf", "safetensors", "torch", "dcp", "deepspeed"]
+
+_DAMAGED = 1
+_DIFFERENT = 1
+_SHOWN = 20
+
+
+def _checkpoint(path: Path) -> Path:
+    """The checkpoint that a path leads to: it itself, or the newest of a run."""
+    from bigtrain.checkpoint import find
+    from bigtrain.errors import CheckpointError
+
+    for folder in (path / "checkpoints", path):
+        found = find(folder) if folder.is_dir() else []
+        if found:
+            return found[0]
+    if (path / "checkpoints").is_dir():
+        raise CheckpointError(f"the run {path} has no checkpoint yet", where=str(path))
+    return path
+
+
+@app.command()
+def show(path: Path_, as_json: Json = False, tensors: Annotated[bool, typer.Option(help="List them.")] = False) -> None:
+    """Say what is in a checkpoint: step, who wrote it, parameters, size."""
+    from bigtrain.checkpoint import describe, open_checkpoint
+
+    found = describe(_checkpoint(path))
+    with open_checkpoint(found.path) as reader:
+        index = {
+            f"{kind} {name}": [list(spec.shape), str(spec.dtype)[6:]] for (kind, name), spec in reader.index.items()
+        }
+    if as_json:
+        typer.echo(json.dumps({**_plain(found), **({"tensors": index} if tensors else {})}, indent=2))
+        return
+    for line in _description(found):
+        typer.echo(line)
+    for name, (shape, dtype) in sorted(index.items()) if tensors else ():
+        typer.echo(f"  {name}  {'×'.join(map(str, shape)) or 'scalar'}  {dtype}")
+
+
+def _plain(found: Description) -> dict[str, Any]:
+    return {
+        "path": str(found.path),
+        "step": found.step,
+        "writers": found.num_writers,
+        "engine": found.extra.get("engine"),
+        "parameters": found.num_parameters,
+        "tensors_by_kind": found.num_tensors,
+        "elements_by_kind": found.num_elements,
+        "bytes": found.num_bytes,
+        "samples": found.extra.get("samples"),
+        "position": found.extra.get("position"),
+        "evaluation": found.extra.get("evaluation"),
+    }
+
+
+def _description(found: Description) -> Iterator[str]:
+    extra = found.extra
+    who = f"{extra['engine']} on " if "engine" in extra else ""
+    yield f"{found.path}"
+    yield f"  step          {found.step:,}" + (f", {extra['samples']:,} samples" if "samples" in extra else "")
+    yield f"  written by    {who}{found.num_writers} process{'es' if found.num_writers > 1 else ''}"
+    yield f"  parameters    {found.num_parameters:,}"
+    yield "  tensors       " + ", ".join(f"{count:,} {kind}" for kind, count in found.num_tensors.items())
+    yield f"  size          {found.num_bytes / 1e6:,.1f} MB"
+    numbers = [f"{k} {v:.4f}" for k, v in (extra.get("evaluation") or {}).items() if isinstance(v, float)]
+    if numbers:
+        yield f"  evaluation    {', '.join(numbers)}"
+    if "brought_in" in extra:
+        yield f"  brought in    from {extra['brought_in']['from']} ({extra['brought_in']['form']})"
+
+
+@app.command()
+def verify(path: Path_, as_json: Json = False) -> None:
+    """Read every byte and compare lengths and hashes; exit code 1 and the file's name where one is damaged."""
+    from bigtrain.checkpoint import verify as check
+
+    target = _checkpoint(path)
+    with _progress("verifying", _size(target)) as advance:
+        found = check(target, progress=advance)
+    if as_json:
+        typer.echo(json.dumps(_verified(found), indent=2))
+    else:
+        for fault in found.faults:
+            typer.echo(f"{'DAMAGED' if fault.is_damage else 'UNREADABLE'}  {fault.file}: {fault.problem}")
+        for name in found.strangers:
+            typer.echo(f"not part of it: {name}")
+        if found.is_good:
+            typer.echo(f"{found.path}: good, {found.num_files} files, {found.num_bytes / 1e6:,.1f} MB")
+    if not found.is_good:
+        raise typer.Exit(_DAMAGED)
+
+
+def _verified(found: Verification) -> dict[str, Any]:
+    faults = [{"file": f.file, "problem": f.problem, "is_damage": f.is_damage} for f in found.faults]
+    return {
+        "path": str(found.path),
+        "is_good": found.is_good,
+        "files": found.num_files,
+        "bytes": found.num_bytes,
+        "faults": faults,
+        "strangers": list(found.strangers),
+    }
+
+
+@app.command()
+def diff(first: Path_, second: Path_, as_json: Json = False) -> None:
+    """Compare two checkpoints by name: weights, moments, hyperparameters. Exit code 1 where they differ."""
+    from bigtrain.checkpoint import diff as compare
+
+    a, b = _checkpoint(first), _checkpoint(second)
+    with _progress("comparing", _size(a)) as advance:
+        found = compare(a, b, progress=advance)
+    if as_json:
+        typer.echo(json.dumps(_compared(found), indent=2))
+    else:
+        for each in found.differences[:_SHOWN]:
+            largest = "" if each.largest is None else f", at most by {each.largest:.3g}"
+            typer.echo(f"{each.kind} {each.name}: {each.what}{largest}")
+        if len(found.differences) > _SHOWN:
+            typer.echo(f"… and {len(found.differences) - _SHOWN} more")
+        typer.echo(f"{found.num_equal:,} tensors are equal to the last bit, {len(found.differences):,} things differ")
+    if found.differences:
+        raise typer.Exit(_DIFFERENT)
+
+
+def _compared(found: Comparison) -> dict[str, Any]:
+    different = [{"kind": d.kind, "name": d.name, "what": d.what, "largest": d.largest} for d in found.differences]
+    return {"equal": found.num_equal, "differences": different}
+
+
+@app.command()
+def prune(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a folder of checkpoints.")],
+    keep: Annotated[int, typer.Option(min=2, help="How many of the newest stay.")] = 2,
+    keep_every: Annotated[int | None, typer.Option(min=1, help="Those of every so many steps stay, too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Remove old checkpoints, and what starts that were killed left behind. A live run's are left alone."""
+    from bigtrain import lease
+    from bigtrain.checkpoint import prune as remove
+    from bigtrain.errors import RunFolderError
+
+    holder = lease.live_holder(path)
+    if holder:
+        raise RunFolderError(
+            f"the run {path.name} is in use by {holder}", remedy="it prunes by itself: checkpoint.keep"
+        )
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if not folder.is_dir():
+        raise RunFolderError(f"there is no folder {folder}", remedy="give a run's folder")
+    gone = remove(folder, keep, keep_every)
+    if as_json:
+        typer.echo(json.dumps({"removed": [str(each) for each in gone]}, indent=2))
+        return
+    for each in gone:
+        typer.echo(f"removed {each}")
+    typer.echo(f"{len(gone)} removed")
+
+
+@app.command("export")
+def export_(
+    path: Path_,
+    out: Annotated[Path, typer.Argument(help="The file or folder to make.")],
+    to: Annotated[Form, typer.Option("--to", help="What to make of it.")],
+) -> None:
+    """Write a checkpoint as a Hugging Face folder, a safetensors or .pt file, a DCP or a DeepSpeed folder."""
+    from bigtrain.checkpoint import open_checkpoint
+    from bigtrain.doors.exporting import export
+
+    target = _checkpoint(path)
+    with open_checkpoint(target) as reader, _progress("exporting", _size(target)) as advance:
+        export(reader, out, to, advance)
+    typer.echo(f"{out}: step {reader.step} of {target}, as {to}")
+
+
+@app.command("import")
+def import_(
+    path: Annotated[Path, typer.Argument(metavar="IN", help="What another library wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A folder for checkpoints; one is added.")],
+    form: Annotated[Form, typer.Option("--from", help="What it is.")],
+    allow_pickle: Annotated[
+        bool, typer.Option(help="Read pickles, which can run any code: only of people you trust.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a checkpoint of what another library wrote, the optimizer's state included where there is one."""
+    from bigtrain.doors.incoming import bring_in
+
+    with _progress("reading", None) as advance:
+        made = bring_in(path, folder, form, allow_pickle=allow_pickle, progress=advance)
+    typer.echo(json.dumps({"path": str(made)}) if as_json else f"{made}")
+
+
+def _size(path: Path) -> int | None:
+    return sum(each.stat().st_size for each in path.iterdir()) if path.is_dir() else None
+
+
+@contextmanager
+def _progress(word: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal; nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda count: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(word, total=total)
+        yield lambda count: progress.advance(task, count)

@@ -1,0 +1,98 @@
+"""Foreign pickles, which can run any code: read here and nowhere else, and only where the user allows it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigtrain.doors.kept import KEY, from_tensor
+from bigtrain.errors import CheckpointError, CorruptError
+from bigtrain.state import BUFFER, Box, TensorSpec
+
+Key = tuple[str, str]
+
+
+def load(path: Path) -> Any:
+    """What a file of torch.save holds, whatever that runs.
+
+    Raises:
+        CorruptError: Where it is no such file.
+    """
+    try:
+        return torch.load(path, weights_only=False, mmap=True, map_location="cpu")
+    except RuntimeError:
+        return torch.load(path, weights_only=False, map_location="cpu")  # an old file, which cannot be mapped
+    except Exception as error:
+        raise CorruptError(f"{path} cannot be read: {error}", where=str(path)) from error
+
+
+class DcpReader:
+    """A folder of torch.distributed.checkpoint.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        CheckpointError: Where it is none.
+    """
+
+    form = "dcp"
+
+    def __init__(self, path: Path) -> None:
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+        from bigtrain.doors.dcp import key_of
+
+        self.path = path
+        if not (path / ".metadata").is_file():
+            raise CheckpointError(f"{path} is no DCP folder: it holds no .metadata", where=str(path))
+        try:
+            metadata = FileSystemReader(path).read_metadata()
+        except Exception as error:  # whatever unpickling says of a damaged file
+            raise CorruptError(f"{path / '.metadata'} cannot be read: {error}", where=str(path)) from error
+        tensors = {
+            entry: TensorSpec(tuple(found.size), found.properties.dtype)
+            for entry, found in metadata.state_dict_metadata.items()
+            if isinstance(found, TensorStorageMetadata)
+        }
+        self._last: tuple[str, Tensor] | None = None
+        self.kept: dict[str, Any] = {}
+        if KEY in tensors:
+            self.kept = from_tensor(self._read(KEY, tensors.pop(KEY)))
+        buffers = set(self.kept.get("buffers", ()))
+        self._entries: dict[Key, str] = {}
+        for entry in tensors:
+            kind, name = key_of(entry)
+            self._entries[BUFFER if kind == "weight" and name in buffers else kind, name] = entry
+        self.index: Mapping[Key, TensorSpec] = {key: tensors[entry] for key, entry in self._entries.items()}
+        self.hyper: Mapping[str, Mapping[str, Any]] = self.kept.get("hyper", {})
+
+    def read_into(self, kind: str, name: str, box: Box, out: Tensor) -> None:
+        """Fill `out` with that part of the tensor; the whole of one is held at a time."""
+        entry = self._entries.get((kind, name))
+        if entry is None:
+            raise CheckpointError(f"{self.path} has no {kind} {name}", where=str(self.path))
+        if self._last is None or self._last[0] != entry:
+            self._last = entry, self._read(entry, self.index[kind, name])
+        with torch.no_grad():
+            out.copy_(self._last[1][box.slices])
+
+    def close(self) -> None:
+        """Let go of the last tensor."""
+        self._last = None
+
+    def _read(self, entry: str, spec: TensorSpec) -> Tensor:
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+        from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+
+        state = {entry: torch.empty(spec.shape, dtype=spec.dtype)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is one process
+            load_tensors(state, storage_reader=FileSystemReader(self.path), no_dist=True)
+        return state[entry]

@@ -1,0 +1,215 @@
+"""Whatever holds weights, opened as a reader of named tensors: any box of any of them, nothing else of the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bigtrain.checkpoint import CheckpointReader, find
+from bigtrain.checkpoint.manifest import MANIFEST
+from bigtrain.checkpoint.shards import TORCH_DTYPES
+from bigtrain.doors import names
+from bigtrain.errors import CheckpointError, CorruptError
+from bigtrain.state import WEIGHT, Box, TensorSpec
+
+Key = tuple[str, str]
+
+_INDEX, _SINGLE, _CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+_LARGEST_JSON = 64 << 20
+
+
+class ForeignReader(Protocol):
+    """A `bigtrain.state.Reader` of other people's files, or of ours."""
+
+    form: str
+    path: Path
+
+    @property
+    def index(self) -> Mapping[Key, TensorSpec]:
+        """What there is to read, by kind and name."""
+
+    @property
+    def hyper(self) -> Mapping[str, Mapping[str, Any]]:
+        """Every hyperparameter by parameter name; empty where the form knows none."""
+
+    def read_into(self, kind: str, name: str, box: Box, out: Tensor) -> None:
+        """Fill `out` (the box's size) with that part of the tensor; another dtype is converted to."""
+
+    def close(self) -> None:
+        """Close every file."""
+
+
+def open_weights(path: str | Path, *, allow_pickle: bool = False) -> ForeignReader:
+    """Open what a path leads to: it is found out by looking, never by trying to load.
+
+    Args:
+        path: A checkpoint of ours, a run folder (its newest checkpoint), a .safetensors file, a .pt, .pth or .bin
+            file, a Hugging Face folder, sharded or not.
+        allow_pickle: Read a .pt file that holds more than tensors and plain values. It can run any code.
+
+    Returns:
+        Its tensors by (kind, name); of foreign files every tensor is a weight.
+
+    Raises:
+        CheckpointError: Where there is nothing, or nothing that is known.
+        CorruptError: Where a file is not what it says.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no file or folder {path}", remedy="give the path of a checkpoint or weights")
+    if path.suffix == ".safetensors":
+        return SafetensorsReader(path, [path], lambda name: name)
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        from bigtrain.doors.torch_files import TorchReader
+
+        return TorchReader(path, allow_pickle=allow_pickle)
+    raise CheckpointError(
+        f"{path} is neither .safetensors nor .pt, .pth, .bin, .ckpt",
+        remedy="give a checkpoint, a run folder, a Hugging Face folder or one of these files",
+    )
+
+
+def _open_folder(path: Path) -> ForeignReader:
+    if (path / MANIFEST).exists():
+        return NativeReader(path)
+    if (path / "checkpoints").is_dir():
+        found = find(path / "checkpoints")
+        if not found:
+            raise CheckpointError(f"the run {path} has no checkpoint", remedy="give a run that has saved one")
+        return NativeReader(found[0])
+    if (path / _INDEX).exists() or (path / _SINGLE).exists():
+        return open_hugging_face(path)
+    if (path / ".metadata").exists():
+        raise CheckpointError(
+            f"{path} is a DCP folder, whose table of contents is a pickle",
+            remedy="bring it in first: bigtrain ckpt import --from dcp --allow-pickle",
+        )
+    if (path / "pytorch_model.bin").exists():
+        return open_weights(path / "pytorch_model.bin")
+    held = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
+    raise CheckpointError(
+        f"{path} is no checkpoint, run or Hugging Face folder: it holds {held}",
+        remedy="give a folder with manifest.json, checkpoints/ or model.safetensors",
+    )
+
+
+class NativeReader(CheckpointReader):
+    """A checkpoint of ours."""
+
+    form = "checkpoint"
+
+
+class SafetensorsReader:
+    """One or several .safetensors files, read by the format's own library.
+
+    Args:
+        path: What the user named.
+        files: The files.
+        rename: Our name of each tensor; None leaves it out.
+
+    Raises:
+        CorruptError: Where a file is not of the format, or a name comes twice.
+    """
+
+    form = "safetensors"
+
+    def __init__(self, path: Path, files: list[Path], rename: Callable[[str], str | None]) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.path = path
+        self.hyper: Mapping[str, Mapping[str, Any]] = {}
+        self.metadata: dict[str, str] = {}
+        index: dict[Key, TensorSpec] = {}
+        self._places: dict[Key, tuple[Any, str]] = {}
+        for file in files:
+            try:
+                opened: Any = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CorruptError(f"{file} is no safetensors file: {error}", where=str(file)) from error
+            self.metadata |= opened.metadata() or {}
+            for theirs in opened.keys():  # noqa: SIM118 # it is no mapping
+                name = rename(theirs)
+                if name is None:
+                    continue
+                part = opened.get_slice(theirs)
+                key = (WEIGHT, name)
+                if key in index:
+                    raise CorruptError(f"{name} is there twice", where=str(file))
+                index[key] = TensorSpec(tuple(part.get_shape()), TORCH_DTYPES[part.get_dtype()])
+                self._places[key] = (opened, theirs)
+        self.index: Mapping[Key, TensorSpec] = index
+
+    def read_into(self, kind: str, name: str, box: Box, out: Tensor) -> None:
+        """Fill `out` with that part of the tensor."""
+        if (kind, name) not in self._places:
+            raise CheckpointError(f"{self.path} has no {kind} {name}", where=str(self.path))
+        opened, theirs = self._places[kind, name]
+        with torch.no_grad():
+            if box.size:
+                out.copy_(opened.get_slice(theirs)[box.slices])
+            else:
+                out.copy_(opened.get_tensor(theirs))
+
+    def close(self) -> None:
+        """Close every file."""
+        self._places.clear()
+
+
+class HuggingFaceReader(SafetensorsReader):
+    """A Hugging Face folder; a Llama's names become those of our gpt.
+
+    Attributes:
+        config: Its config.json; empty where there is none.
+    """
+
+    form = "hf"
+    config: Mapping[str, Any]
+
+
+def open_hugging_face(path: Path) -> HuggingFaceReader:
+    """Open a Hugging Face folder, sharded or not.
+
+    Raises:
+        CheckpointError: Where a shard is missing, or does not hold what the index says.
+        CorruptError: Where a file is not what it says.
+    """
+    config = _read_json(path / _CONFIG) if (path / _CONFIG).exists() else {}
+    files, listed = [path / _SINGLE], None
+    if (path / _INDEX).exists():
+        listed = _read_json(path / _INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not all(_is_plain(name) for name in listed.values()):
+            raise CorruptError(f"{_INDEX} lists no files of this folder", where=str(path / _INDEX))
+        files = [path / name for name in sorted(set(listed.values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}", remedy="copy the whole folder")
+    reader = HuggingFaceReader(path, files, names.from_llama if names.is_llama(config) else lambda name: name)
+    reader.config = config
+    rename = names.from_llama if names.is_llama(config) else str
+    absent = [name for name in listed or () if (WEIGHT, rename(name)) not in reader.index]
+    if absent:
+        raise CheckpointError(f"{path} lacks tensors that its index lists: {', '.join(absent[:5])}")
+    return reader
+
+
+def _is_plain(name: object) -> bool:
+    return isinstance(name, str) and name == Path(name).name and name not in ("", ".", "..")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _LARGEST_JSON:
+        raise CorruptError(f"{path.name} is impossibly large", where=str(path))
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{path} is no JSON: {error}", where=str(path)) from error
+    if not isinstance(value, dict):
+        raise CorruptError(f"{path} holds no object", where=str(path))
+    return value

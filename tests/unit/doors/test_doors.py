@@ -1,0 +1,230 @@
+"""What is exported opens with the other side's own tools, and comes back to the last bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+
+import bigtrain
+from bigtrain import models
+from bigtrain.checkpoint import CheckpointReader, diff, find, open_checkpoint
+from bigtrain.doors import open_weights
+from bigtrain.doors.exporting import export
+from bigtrain.doors.incoming import bring_in
+from bigtrain.errors import CheckpointError, CorruptError
+from bigtrain.state import whole
+from tests.helpers.resuming import config
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled.*:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """Three steps of a small gpt, tied, with a frozen part and two groups."""
+    folder = tmp_path_factory.mktemp("run")
+    return find(bigtrain.train(config(folder), ["train.steps=3"]).path / "checkpoints")[0]
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("untied")
+    run = bigtrain.train(config(folder), ["train.steps=2", "model.args.tied=false", "model.args.rope_theta=500.0"])
+    return find(run.path / "checkpoints")[0]
+
+
+def exported(checkpoint: Path, out: Path, form: str) -> Path:
+    with open_checkpoint(checkpoint) as reader:
+        export(reader, out, form)
+    assert [entry.name for entry in out.parent.iterdir()] == [out.name]  # nothing is left beside it
+    return out
+
+
+def whole_tensor(reader: CheckpointReader, kind: str, name: str) -> torch.Tensor:
+    spec = reader.index[kind, name]
+    out = torch.empty(spec.shape, dtype=spec.dtype)
+    reader.read_into(kind, name, whole(spec.shape), out)
+    return out
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    with open_checkpoint(checkpoint) as reader:
+        return {name: whole_tensor(reader, kind, name) for kind, name in reader.index if kind == "weight"}
+
+
+def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_safetensors_library_reads_it(checkpoint, tmp_path):
+    assert_same(load_file(exported(checkpoint, tmp_path / "w.safetensors", "safetensors")), weights(checkpoint))
+
+
+@pytest.mark.parametrize("which", ["checkpoint", "untied"])
+def test_transformers_opens_it_with_equal_logits(which, tmp_path, request):
+    from transformers import LlamaForCausalLM
+
+    path = request.getfixturevalue(which)
+    theirs = LlamaForCausalLM.from_pretrained(exported(path, tmp_path / "hf", "hf")).eval()
+    args = {**config(tmp_path)["model"]["args"], "tied": which == "checkpoint"}
+    ours = models.build("gpt", args | ({} if args["tied"] else {"rope_theta": 500.0})).eval()
+    ours.load_state_dict(weights(path) | ({"lm_head.weight": ours.lm_head.weight} if args["tied"] else {}))
+    tokens = torch.randint(0, 257, (3, 4), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-6)
+    back = bring_in(tmp_path / "hf", tmp_path / "in", "hf")
+    assert_same(weights(back), weights(path))
+    with open_checkpoint(back) as reader:
+        assert models.build("gpt", reader.extra["model"]["args"]).context == 4
+
+
+def test_a_llama_that_transformers_made_in_several_files(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    theirs = LlamaForCausalLM(LlamaConfig(vocab_size=71, num_key_value_heads=2, max_position_embeddings=16, **sizes))
+    theirs.eval().save_pretrained(tmp_path / "hf", max_shard_size="20kB")
+    assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
+    with open_checkpoint(bring_in(tmp_path / "hf", tmp_path / "in", "hf")) as reader:
+        ours = models.build("gpt", reader.extra["model"]["args"]).eval()
+        ours.load_state_dict({name: whole_tensor(reader, kind, name) for kind, name in reader.index})
+    tokens = torch.randint(0, 71, (2, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-6)
+    missing = sorted((tmp_path / "hf").glob("model-*.safetensors"))[1]
+    missing.rename(tmp_path / "away")
+    with pytest.raises(CheckpointError, match=f"lacks {missing.name}"):
+        open_weights(tmp_path / "hf")
+
+
+def test_a_shard_without_a_tensor_that_the_index_lists_is_refused(tmp_path):
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    save_file({"a": torch.zeros(2)}, folder / "one.safetensors")
+    index = {"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="lacks tensors that its index lists: b"):
+        open_weights(folder)
+    index["weight_map"]["b"] = "../secret.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CorruptError, match="lists no files of this folder"):
+        open_weights(folder)
+
+
+def test_torch_loads_it_without_running_anything(checkpoint, tmp_path):
+    content = torch.load(exported(checkpoint, tmp_path / "w.pt", "torch"), weights_only=True)
+    assert_same(content["model"], weights(checkpoint))
+    with open_checkpoint(checkpoint) as reader:
+        assert content["step"] == 3
+        assert content["hyper"] == reader.hyper
+        for kind, name in reader.index:
+            if kind not in ("weight", "buffer"):
+                assert torch.equal(content["optimizer"][name][kind], whole_tensor(reader, kind, name))
+
+
+def test_dcp_loads_it(checkpoint, tmp_path):
+    folder = exported(checkpoint, tmp_path / "dcp", "dcp")
+    expected = weights(checkpoint)
+    with open_checkpoint(checkpoint) as reader:
+        moments = {name: whole_tensor(reader, kind, name) for kind, name in reader.index if kind == "exp_avg"}
+    state = {
+        "model": {name: torch.empty_like(tensor) for name, tensor in expected.items()},
+        "optimizer": {"state": {name: {"exp_avg": torch.empty_like(tensor)} for name, tensor in moments.items()}},
+    }
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    assert_same(state["model"], expected)
+    assert_same({name: slots["exp_avg"] for name, slots in state["optimizer"]["state"].items()}, moments)
+
+
+@pytest.mark.parametrize("form", ["torch", "dcp", "deepspeed"])
+def test_what_comes_back_is_the_same_to_the_last_bit_and_goes_on(checkpoint, tmp_path, form):
+    out = exported(checkpoint, tmp_path / "out" / f"x{'.pt' if form == 'torch' else ''}", form)
+    back = bring_in(out, tmp_path / "in", form, allow_pickle=form != "torch")
+    assert back.name == checkpoint.name
+    found = diff(checkpoint, back)
+    assert found.differences == ()
+    with open_checkpoint(checkpoint) as ours, open_checkpoint(back) as theirs:
+        brought = theirs.extra.pop("brought_in")
+        assert brought == {"from": str(out), "form": form}
+        assert theirs.extra == ours.extra
+
+
+@pytest.mark.parametrize("form", ["dcp", "deepspeed"])
+def test_a_pickle_is_read_only_where_it_is_allowed(checkpoint, tmp_path, form):
+    out = exported(checkpoint, tmp_path / "out" / "x", form)
+    with pytest.raises(CheckpointError, match="pickle") as caught:
+        bring_in(out, tmp_path / "in", form)
+    assert "--allow-pickle" in caught.value.remedy
+    assert not (tmp_path / "in").exists()
+
+
+class Canary:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_a_planted_pickle_does_not_run(tmp_path):
+    canary = tmp_path / "ran"
+    for name in ("w.pt", "w.pth", "w.bin"):
+        torch.save({"model": {"a": torch.zeros(2)}, "args": Canary(canary)}, tmp_path / name)
+        with pytest.raises(CheckpointError, match="more than tensors and plain values") as caught:
+            open_weights(tmp_path / name)
+        assert "--allow-pickle" in caught.value.remedy
+    assert not canary.exists()
+    assert open_weights(tmp_path / "w.pt", allow_pickle=True).index.keys() == {("weight", "a")}
+    assert canary.exists()  # what the user allowed
+
+
+def test_what_is_there_is_never_overwritten(checkpoint, tmp_path):
+    out = tmp_path / "w.safetensors"
+    out.write_text("precious")
+    with open_checkpoint(checkpoint) as reader, pytest.raises(CheckpointError, match="is there already"):
+        export(reader, out, "safetensors")
+    assert out.read_text() == "precious"
+
+
+def test_a_broken_off_export_leaves_nothing(checkpoint, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoint, damaged / checkpoint.name)
+    shard = damaged / checkpoint.name / "shard-00000.safetensors"
+    raw = bytearray(shard.read_bytes())
+    raw[-8] ^= 1  # of the last tensor, a step counter or a weight
+    shard.write_bytes(raw)
+    for form in ("torch", "dcp", "deepspeed"):
+        with open_checkpoint(damaged / checkpoint.name) as reader, pytest.raises(Exception, match="is damaged"):
+            export(reader, tmp_path / "out" / form, form)
+        assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("w.safetensors", b"", "no safetensors file"),
+        ("w.safetensors", b"\xff" * 64, "no safetensors file"),
+        ("w.pt", b"PK\x03\x04 torn", "no file of torch.save"),
+        ("w.zip", b"", "is neither"),
+    ],
+)
+def test_what_is_no_weights_is_refused(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=said):
+        open_weights(tmp_path / name)
+
+
+def test_a_truncated_file_is_refused(checkpoint, tmp_path):
+    path = exported(checkpoint, tmp_path / "x" / "w.safetensors", "safetensors")
+    raw = path.read_bytes()
+    for size in (0, 7, 100, len(raw) // 2, len(raw) - 1):
+        path.write_bytes(raw[:size])
+        with pytest.raises(CorruptError, match="no safetensors file"):
+            open_weights(path)
