@@ -20,10 +20,11 @@ _LAZY = {
     "Run": "bigtrain.running:Run",
     "StepInfo": "bigtrain.progress:StepInfo",
     "load_config": "bigtrain.config.loader:load",
+    "load_run": "bigtrain.tracking.reading:load_run",
     "train": "bigtrain.running:train",
 }
 
-__all__ = ["Config", "Hook", "Run", "StepInfo", "__version__", "load_config", "train"]
+__all__ = ["Config", "Hook", "Run", "StepInfo", "__version__", "load_config", "load_run", "train"]
 
 
 def __getattr__(name: str) -> Any:
