@@ -13,9 +13,12 @@ import typer
 
 import bigtrain
 from bigtrain.cli import ckpt, config, data, runs
+from bigtrain.cli.convert import convert
 from bigtrain.cli.explain import explain
+from bigtrain.cli.init import init
 from bigtrain.cli.parity import parity
 from bigtrain.cli.report import report
+from bigtrain.cli.sweep import sweep
 from bigtrain.cli.train import launch, train
 from bigtrain.cli.try_run import try_run
 from bigtrain.errors import BigtrainError, ConfigError
@@ -24,7 +27,6 @@ app = typer.Typer(
     name="bigtrain",
     help="Train and fine-tune PyTorch models: one run file, several engines, the same losses under each.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -33,7 +35,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(ckpt.app, name="ckpt")
 app.add_typer(runs.app, name="runs")
 app.command("try")(try_run)
-for command in (train, launch, parity, explain, report):
+for command in (train, launch, parity, explain, report, init, sweep, convert):
     app.command()(command)
 
 _wants_traceback = False

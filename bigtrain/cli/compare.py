@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bigtrain.cli.report import Folder
+from bigtrain.cli.report import Folder, complete_run
 
 if TYPE_CHECKING:
     from bigtrain.report.comparison import Comparison, Row
 
 
 def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="A B …", help="Runs: names or folders.", show_default=False)],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B …", help="Runs: names or folders.", show_default=False, autocompletion=complete_run
+        ),
+    ],
     folder: Folder = Path("runs"),
     html: Annotated[
         Path | None, typer.Option("--html", help="Write a page with the curves over one another.", show_default=False)

@@ -7,12 +7,26 @@ from typing import Annotated
 
 import typer
 
+
+def _complete_key(incomplete: str) -> list[str]:
+    """Keys of the run file, for the shell."""
+    from bigtrain.config.keys import all_keys
+
+    keys = [key.path for key in all_keys() if not key.is_section and "[]" not in key.path]
+    return [f"{key}=" for key in keys if key.startswith(incomplete)]
+
+
 app = typer.Typer(no_args_is_help=True, help="Look at run files and their keys.")
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Values that replace the file's, as optim.lr=3e-4.", show_default=False),
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Values that replace the file's, as optim.lr=3e-4.",
+        show_default=False,
+        autocompletion=_complete_key,
+    ),
 ]
 
 

@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-RunName = Annotated[str, typer.Argument(metavar="NAME", help="A run's name, or its folder.", show_default=False)]
+
+def complete_run(context: typer.Context, incomplete: str) -> list[str]:
+    """Names of runs, for the shell."""
+    folder = Path(context.params.get("folder") or "runs")
+    names = [path.parent.name for path in folder.glob("*/config.yaml")]
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
+RunName = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", help="A run's name, or its folder.", show_default=False, autocompletion=complete_run
+    ),
+]
 Folder = Annotated[Path, typer.Option("--dir", help="The folder of all runs, in which names are looked for.")]
 
 

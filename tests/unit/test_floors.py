@@ -19,6 +19,7 @@ FLOORS = {
     "bigtrain.lease": 1,
     "bigtrain.metrics": 1,
     "bigtrain.named": 1,
+    "bigtrain.convert": 2,
     "bigtrain.patterns": 1,
     "bigtrain.runs": 2,
     "bigtrain.starting": 3,

@@ -1,0 +1,167 @@
+"""transformers' TrainingArguments, as `to_json_string` writes them, as a run file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from bigtrain.convert.found import Found, is_number
+
+_SCHEDULES = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+    "warmup_stable_decay": "wsd",
+}
+_OPTIMIZERS = {
+    "sgd": "sgd",
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"), "adamw"),
+}
+# Keys that say the same thing in a run file, and how their values are read.
+_SAME: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "run_name": ("run.name", str),
+    "output_dir": ("run.dir", str),
+    "seed": ("run.seed", int),
+    "full_determinism": ("run.deterministic", bool),
+    "learning_rate": ("optim.lr", float),
+    "weight_decay": ("optim.weight_decay", float),
+    "adam_epsilon": ("optim.args.eps", float),
+    "dataloader_num_workers": ("data.workers", int),
+    "save_total_limit": ("checkpoint.keep", int),
+}
+# Keys whose meaning is read elsewhere below, or which change nothing.
+_READ = {
+    "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
+    "lr_scheduler_type", "warmup_steps", "warmup_ratio", "max_grad_norm", "bf16", "fp16", "logging_steps",
+    "logging_strategy", "eval_strategy", "evaluation_strategy", "eval_steps", "save_strategy", "save_steps",
+    "optim", "gradient_checkpointing", "activation_checkpointing", "activation_checkpointing_kwargs",
+    "torch_compile", "report_to", "adam_beta1", "adam_beta2", "deepspeed", "fsdp", "fsdp_config", "use_cpu",
+    "label_smoothing_factor", "do_train", "do_eval", "do_predict", "local_rank", "log_level", "log_level_replica",
+    "logging_dir", "disable_tqdm", "per_device_eval_batch_size", "eval_batch_size", "train_batch_size",
+    "data_seed", "no_cuda", "overwrite_output_dir", "lr_scheduler_kwargs", "optim_args", "accelerator_config",
+    "gradient_checkpointing_kwargs", "parallelism_config", "prediction_loss_only", "remove_unused_columns",
+    "dataloader_pin_memory", "ddp_timeout", "save_safetensors", "logging_nan_inf_filter",
+    "average_tokens_across_devices", "tf32", "include_num_input_tokens_seen", "project",
+    "dataloader_persistent_workers", "restore_callback_states_from_checkpoint", "logging_first_step",
+    "ddp_backend",
+}  # fmt: skip
+
+
+def from_training_arguments(values: Mapping[str, Any], found: Found, processes: int) -> None:
+    """Convert TrainingArguments; batches there are per process, so their number is needed."""
+    for key, (ours, read) in _SAME.items():
+        value = values.get(key)
+        if value is not None and value != "" and not isinstance(value, Mapping):
+            found.put(ours, read(value))
+    _batches(values, found, processes)
+    _length(values, found)
+    _optimizer(values, found)
+    _schedule(values, found)
+    _cadence(values, found)
+    _engine(values, found)
+    if float(values.get("label_smoothing_factor") or 0) > 0:
+        found.leave("label_smoothing_factor", "set task: {name: classification, args: {label_smoothing: …}}")
+    for key, value in values.items():
+        if key in _READ or key in _SAME or key.startswith(("hub_", "push_to_hub")):
+            continue
+        if value not in (None, False, "", 0, 0.0, -1, [], {}, "no", "none", "None", "auto", "length"):
+            found.leave(key, "nothing here does that")
+    if values.get("push_to_hub"):
+        found.leave("push_to_hub", "nothing is uploaded")
+
+
+def _batches(values: Mapping[str, Any], found: Found, processes: int) -> None:
+    each = int(values.get("per_device_train_batch_size") or 8)
+    times = int(values.get("gradient_accumulation_steps") or 1)
+    found.put("data.batch_size", each * times * processes)
+    if times > 1:
+        found.put("train.micro_batch_size", each)
+    found.notes.append(
+        f"data.batch_size is {each} samples × {times} of accumulation × {processes} processes: of all together."
+    )
+
+
+def _length(values: Mapping[str, Any], found: Found) -> None:
+    steps, epochs = values.get("max_steps"), values.get("num_train_epochs", 3)
+    if is_number(steps) and steps > 0:
+        found.put("train.steps", int(steps))
+    elif is_number(epochs) and epochs > 0:
+        found.put("train.epochs", math.ceil(epochs))
+        if epochs != math.ceil(epochs):
+            found.notes.append(f"num_train_epochs was {epochs}: epochs are whole here; train.steps can say it exactly.")
+
+
+def _optimizer(values: Mapping[str, Any], found: Found) -> None:
+    name = str(values.get("optim") or "adamw_torch").removeprefix("OptimizerNames.").lower()
+    found.put("optim.name", _OPTIMIZERS.get(name, "adamw"))
+    if name not in _OPTIMIZERS:
+        found.leave("optim", f"there is no {name}: optim.name is adamw, or give pkg.mod:Class")
+    betas = (values.get("adam_beta1"), values.get("adam_beta2"))
+    if _OPTIMIZERS.get(name, "adamw") == "adamw" and all(map(is_number, betas)):
+        found.put("optim.args.betas", list(betas))
+    elif found.get("optim.args.eps") is not None:
+        found.values["optim"]["args"].pop("eps")
+    clip = values.get("max_grad_norm", 1.0)
+    found.put("optim.clip_grad_norm", float(clip) if clip else None)
+
+
+def _schedule(values: Mapping[str, Any], found: Found) -> None:
+    name = str(values.get("lr_scheduler_type") or "linear").removeprefix("SchedulerType.").lower()
+    if name not in _SCHEDULES:
+        found.leave("lr_scheduler_type", f"there is no {name}: optim.schedule is cosine")
+    found.put("optim.schedule.name", _SCHEDULES.get(name, "cosine"))
+    warmup, ratio = values.get("warmup_steps") or 0, float(values.get("warmup_ratio") or 0)
+    if is_number(warmup) and 0 < warmup < 1:  # newer versions write the share there
+        warmup, ratio = 0, float(warmup)
+    if warmup:
+        found.put("optim.schedule.warmup_steps", int(warmup))
+    elif ratio:
+        steps = found.get("train.steps")
+        if steps:
+            found.put("optim.schedule.warmup_steps", math.ceil(steps * ratio))
+        else:
+            found.leave("warmup_ratio", f"set optim.schedule.warmup_steps to {ratio:g} of all steps")
+
+
+def _cadence(values: Mapping[str, Any], found: Found) -> None:
+    if is_number(every := values.get("logging_steps")) and every >= 1:
+        found.put("track.log_every", int(every))
+    when = str(values.get("eval_strategy") or values.get("evaluation_strategy") or "no").rpartition(".")[2].lower()
+    if when == "steps":
+        found.put("eval.every_steps", int(values.get("eval_steps") or values.get("logging_steps") or 500))
+    elif when == "no":
+        found.put("eval.every_epochs", None)
+    when = str(values.get("save_strategy") or "steps").rpartition(".")[2].lower()
+    if when == "steps" and is_number(every := values.get("save_steps", 500)) and every >= 1:
+        found.put("checkpoint.every_steps", int(every))
+    elif when == "epoch":
+        found.leave("save_strategy", "set checkpoint.every_steps to the steps of an epoch")
+    reports = values.get("report_to") or []
+    reports = [reports] if isinstance(reports, str) else reports
+    if "tensorboard" in reports:
+        found.put("track.tensorboard", True)
+    if reports and "wandb" not in reports and "all" not in reports:
+        found.put("track.wandb", "disabled")
+    for name in reports:
+        if name not in ("wandb", "tensorboard", "all", "none"):
+            found.leave("report_to", f"there is no tracker {name}; track.trackers takes one of your own")
+
+
+def _engine(values: Mapping[str, Any], found: Found) -> None:
+    if values.get("bf16") or values.get("fp16"):
+        found.put("precision", "bf16")
+    if values.get("fp16"):
+        found.leave("fp16", "float16 needs loss scaling, which is not there: precision is bf16 instead")
+    if values.get("gradient_checkpointing") or values.get("activation_checkpointing"):
+        found.put("activation_checkpointing", "full")
+    if values.get("torch_compile"):
+        found.put("compile", "model")
+    if values.get("use_cpu") or values.get("no_cuda"):
+        found.put("engine.device", "cpu")
+    if values.get("deepspeed"):
+        found.put("engine.name", "deepspeed")
+        found.leave("deepspeed", "convert that file itself, and put both together")
+    elif values.get("fsdp"):
+        found.put("engine.name", "fsdp")
