@@ -21,8 +21,10 @@ from bigtrain.errors import NonFiniteError
 from bigtrain.health.agreement import Agreement, check_buffers, stop_on_signals
 from bigtrain.health.nonfinite import NonFiniteWatch, explain
 from bigtrain.optim import Schedule
-from bigtrain.progress import Cadence, Hook, Outcome, Saver, SavesNothing, StepInfo, Tracker, TrainBatch
+from bigtrain.progress import Cadence, Hook, Outcome, Saver, SavesNothing, StepInfo, TrainBatch
 from bigtrain.protocols import Batch, Task
+from bigtrain.tracking.base import Tracker
+from bigtrain.tracking.meter import Meter
 
 
 def train_step(engine: Engine, task: Task, microbatches: Sequence[Batch], lr_scale: float) -> StepResult:
@@ -95,8 +97,7 @@ class Loop:
         self._trackers, self._hooks = trackers, hooks
         self._agreement = Agreement(world)
         self._watch = NonFiniteWatch(world, on_nonfinite)
-        self._logged_at = time.perf_counter()
-        self._samples_since_log = 0
+        self._meter = Meter(world)
         self._saver = saver or SavesNothing()
         self.outcome = done or Outcome()
         self._watch.num_skipped = self.outcome.num_skipped
@@ -121,10 +122,13 @@ class Loop:
             self._saver.settle()
             raise
         self._agreement.close()  # not after an error: that would wait for the others
+        self._meter.close()
         return self.outcome
 
     def _one_step(self) -> None:
+        began = time.perf_counter()
         data = next(self._steps)
+        waited = time.perf_counter() - began
         microbatches = [self._move(batch) for batch in data.microbatches]
         lr_scale = self._schedule(self.outcome.steps)
         result = train_step(self._engine, self._task, microbatches, lr_scale)
@@ -132,7 +136,7 @@ class Loop:
         self.outcome.steps += 1
         self.outcome.samples += data.num_samples
         self.outcome.position = data.end
-        self._samples_since_log += data.num_samples
+        self._meter.step(data.num_samples, waited)
         self._after(result, data, lr_scale)
         self._agree()
 
@@ -145,7 +149,9 @@ class Loop:
         if (agreed.save or self._saver.is_due(self.outcome.steps)) and not agreed.stop:
             self._raise_if(self._watch.last())  # no checkpoint of a step that must not have been
             self.outcome.num_skipped = self._watch.num_skipped
+            began = time.perf_counter()
             self._saver.save(self.outcome)
+            self._meter.saved(time.perf_counter() - began)
         self.outcome.num_skipped = self._watch.num_skipped
         self.outcome.stopped = agreed.stop
 
@@ -155,7 +161,7 @@ class Loop:
         is_eval = self._eval_batches is not None and (is_last or self._is_time_to_evaluate(data))
         due = [hook for hook in self._hooks if step % hook.every == 0]
         if step % cadence.log_every == 0 or is_last:
-            self._log(result, data.epoch, lr_scale)
+            self._log(result, data.epoch, lr_scale, is_last=is_last)
         if is_eval:
             self.outcome.evaluation = self._evaluate(step, data.epoch)
         if due:
@@ -176,9 +182,8 @@ class Loop:
             epochs and ends_epoch and data.end[0] % epochs == 0
         )
 
-    def _log(self, result: StepResult, epoch: int, lr_scale: float) -> None:
+    def _log(self, result: StepResult, epoch: int, lr_scale: float, *, is_last: bool) -> None:
         loss, norm = _numbers(result)
-        now = time.perf_counter()
         row = {
             "step": self.outcome.steps,
             "epoch": epoch,
@@ -186,9 +191,9 @@ class Loop:
             "loss": loss,
             "grad_norm": norm,
             "lr": [lr * lr_scale for lr in dict.fromkeys(self._base_lrs)],  # groups of one rate keep one rate
-            "samples_per_s": self._samples_since_log / max(now - self._logged_at, 1e-9),
+            **self._meter.row(is_last=is_last),
+            "time": round(time.time(), 3),
         }
-        self._logged_at, self._samples_since_log = now, 0
         for tracker in self._trackers:
             tracker.log(row)
 
@@ -197,9 +202,10 @@ class Loop:
         began = time.perf_counter()
         batches = (self._move(batch) for batch in self._eval_batches())
         numbers = evaluate(self._engine, self._task, batches, self._world)
-        self._logged_at += time.perf_counter() - began  # throughput is that of training
+        self._meter.pause(time.perf_counter() - began)  # throughput is that of training
+        scalars, now = _scalars(numbers), round(time.time(), 3)
         for tracker in self._trackers:
-            tracker.log({"step": step, "epoch": epoch, **_scalars(numbers)})
+            tracker.log({"step": step, "epoch": epoch, **scalars, "time": now})
         return numbers
 
     def _raise_if(self, seen: Any) -> None:

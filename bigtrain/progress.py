@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -60,16 +60,6 @@ class Hook:
 
     call: Callable[[StepInfo], None]
     every: int = 1
-
-
-class Tracker(Protocol):
-    """Where numbers go."""
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Take one line of numbers; `step` is among them."""
-
-    def close(self) -> None:
-        """Write what is left."""
 
 
 class TrainBatch(Protocol):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bigtrain import engines, lease, runs
 from bigtrain.config.loader import Resolved, dump, from_dict, load
@@ -18,22 +18,15 @@ from bigtrain.config.schema import Config
 from bigtrain.dist import World, join
 from bigtrain.errors import BigtrainError, OutOfMemoryError, SaveError, TrainingError, UserError
 from bigtrain.loop import Loop
-from bigtrain.prepare import COMPUTE_DTYPES, DTYPES
-from bigtrain.progress import Hook, Outcome, StepInfo, Tracker
+from bigtrain.progress import Hook, Outcome, StepInfo
 from bigtrain.protocols import Dataset, Task
-from bigtrain.report import write_report
 from bigtrain.resuming import Resumed, resume, source_of
 from bigtrain.saving import Keeper, expected_bytes
 from bigtrain.starting import allowed_for
-from bigtrain.tracking.console import Console
-from bigtrain.tracking.making import check_trackers, make_trackers
-from bigtrain.tracking.mfu import Utilisation, WithMFU, utilisation
+from bigtrain.telling import Telling, begin_telling, finish_telling, tell_failure
+from bigtrain.tracking.making import check_trackers
 from bigtrain.tracking.reading import read_rows
-from bigtrain.tracking.repro import write_repro
 from bigtrain.trainer import Subject, Training, assemble
-
-# Larger results (the confusion matrix of thousands of classes) do not go into result.json.
-_LARGEST_IN_RESULT = 10_000
 
 
 @dataclass(frozen=True)
@@ -156,49 +149,34 @@ def _begin(config: Config, world: World) -> runs.RunFolder:
 def _run(
     training: Training, folder: runs.RunFolder, resumed: Resumed | None, hooks: Sequence[Hook], failing: Failing
 ) -> Outcome:
-    world = training.world
-    trackers: Sequence[Tracker] = []
-    console: Console | None = None
-    if world.is_main:
-        log = folder.logs / "rank-00000.stdout"
-        write_repro(folder.path, folder.number, _gpus(world))
-        console = Console(training.cadence.total_steps, training.config.track.progress, log)
-        console.say("\n".join([_first_lines(training), *(resumed.words if resumed else ())]))
-        made = make_trackers(
-            training.config,
-            folder.path,
-            folder.logs / "trackers.log",
-            console.say,
-            engine=training.engine.name,
-            world_size=world.size,
-            step=resumed.outcome.steps if resumed else 0,
+    telling = Telling()
+    if training.world.is_main:
+        done, words = (resumed.outcome.steps, resumed.words) if resumed else (0, [])
+        telling = begin_telling(
+            training, folder, done, words, lambda: failing.loop.outcome.steps if failing.loop else done
         )
-        trackers = _with_mfu([*made, console], training, console)
     try:
-        outcome = _loop(training, folder, resumed, trackers, hooks, failing)
-        if console is not None:
-            _finish(folder, outcome, training, console)
+        outcome = _loop(training, folder, resumed, telling, hooks, failing)
+        if training.world.is_main:
+            finish_telling(telling, folder, outcome, training)
         return outcome
-    except UserError as error:
-        error.exit_code = TrainingError.exit_code  # the run has begun: its folder is there
+    except BaseException as error:
+        if isinstance(error, UserError):
+            error.exit_code = TrainingError.exit_code  # the run has begun: its folder is there
+        tell_failure(telling, folder, failing.loop.outcome.steps if failing.loop else 0, error, training.config)
         raise
     finally:
-        for tracker in trackers:
-            tracker.close()
+        telling.close()
 
 
 def _loop(
     training: Training,
     folder: runs.RunFolder,
     resumed: Resumed | None,
-    trackers: Sequence[Tracker],
+    telling: Telling,
     hooks: Sequence[Hook],
     failing: Failing,
 ) -> Outcome:
-    def tell(row: Mapping[str, Any]) -> None:
-        for tracker in trackers:
-            tracker.log(row)
-
     config, world = training.config, training.world
     done = resumed.outcome if resumed else Outcome()
     keeper = Keeper(
@@ -208,13 +186,12 @@ def _loop(
         source_of(training),
         attempt=str(folder.number),
         still_ours=lambda: lease.owns(folder.path, folder.number),
-        tell=tell,
+        tell=telling.tell,
     )
     trained = {name for group in training.plan.groups for name in group.names}
     state = training.engine.state()
     keeper.expect(expected_bytes(state, trained, training.plan.bytes_per_element()), done.steps if resumed else None)
-    tell({"step": done.steps, "event": "start", "attempt": folder.number, "engine": training.engine_label})
-    loop = training.loop(trackers, hooks, keeper, done)
+    loop = training.loop(telling.trackers, hooks, keeper, done)
     failing.loop = loop
     try:
         return loop.run()
@@ -222,86 +199,6 @@ def _loop(
         if world.size == 1:  # several ranks could wait here for one that has failed
             with suppress(SaveError):
                 keeper.settle()
-
-
-def _gpus(world: World) -> list[str]:
-    if world.device.type != "cuda":
-        return []
-    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-
-
-def _with_mfu(trackers: Sequence[Tracker], training: Training, console: Console) -> Sequence[Tracker]:
-    """The trackers, with the utilisation of the GPUs where it can be told; where not, it is said once why."""
-    if training.world.device.type != "cuda":
-        return trackers
-    found = _utilisation(training, torch.cuda.get_device_name(training.world.device))
-    if isinstance(found, str):
-        console.say(f"no mfu: {found}")
-        return trackers
-    return [WithMFU(trackers, found)]
-
-
-def _utilisation(training: Training, device_name: str) -> Utilisation | str:
-    config = training.config
-    ours, theirs = config.data.args.get("context"), config.model.args.get("context")
-    if None not in (ours, theirs) and ours != theirs:
-        return f"the model says what {theirs} tokens cost (model.args.context), and samples have {ours}"
-    dtype = COMPUTE_DTYPES.get(config.precision, DTYPES[config.precision])
-    return utilisation(training.model, device_name, dtype, training.world.size)
-
-
-def _finish(folder: runs.RunFolder, outcome: Outcome, training: Training, console: Console) -> None:
-    if outcome.stopped:
-        _report(folder, training.config, console)
-        console.say(f"stopped after step {outcome.steps} of {training.cadence.total_steps}, as asked: {folder.path}")
-        return
-    numbers = {name: _plain(value) for name, value in outcome.evaluation.items() if _is_small(value)}
-    folder.finish(
-        {
-            "steps": outcome.steps,
-            "samples": outcome.samples,
-            "skipped_steps": outcome.num_skipped,
-            "engine": training.engine.name,
-            "world_size": training.world.size,
-            "metrics": numbers,
-        }
-    )
-    scores = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items() if isinstance(value, float))
-    console.say(
-        f"done: {outcome.steps} steps, {outcome.samples} samples" + (f"\nevaluation: {scores}" if scores else "")
-    )
-    _report(folder, training.config, console)
-    console.say(f"run folder: {folder.path}")
-
-
-def _report(folder: runs.RunFolder, config: Config, console: Console) -> None:
-    """Write the report of what there is; it must not make a run fail that went well."""
-    if not config.track.report:
-        return
-    try:
-        console.say(f"report: {write_report(folder.path)}")
-    except Exception as error:
-        console.say(f"warning: there is no report: {type(error).__name__}: {error}")
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, Tensor) else value
-
-
-def _is_small(value: Any) -> bool:
-    return not isinstance(value, Tensor) or value.numel() <= _LARGEST_IN_RESULT
-
-
-def _first_lines(training: Training) -> str:
-    config, world = training.config, training.world
-    parameters = sum(piece[0] for piece in training.sizes)
-    trained = sum(piece[0] for piece in training.sizes if piece[1])
-    share = "" if trained == parameters else f", {trained:,} of them trained"
-    return (
-        f"{config.run.name}: {config.model.name} ({parameters:,} parameters{share}) on {config.data.name} "
-        f"({training.train.num_samples:,} samples), {training.cadence.total_steps} steps of {config.data.batch_size}\n"
-        f"{training.engine_choice}, {world.size} process{'es' if world.size > 1 else ''} on {world.device.type}"
-    )
 
 
 @contextmanager

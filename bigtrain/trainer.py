@@ -26,8 +26,9 @@ from bigtrain.loop import Loop, moved
 from bigtrain.models.blocks import without_shared_parameters
 from bigtrain.optim import OptimizerPlan, Schedule, make_schedule, plan_optimizer
 from bigtrain.prepare import COMPUTE_DTYPES, DTYPES, Prepared, compile_forward, prepare, seed_everything
-from bigtrain.progress import Cadence, Hook, Outcome, Saver, Tracker
+from bigtrain.progress import Cadence, Hook, Outcome, Saver
 from bigtrain.protocols import Batch, Dataset, Task
+from bigtrain.tracking.base import Tracker
 
 # How many samples of the first microbatch are tried on the model before the first step.
 _TRIED_SAMPLES = 2

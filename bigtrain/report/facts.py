@@ -38,6 +38,8 @@ def state_of(run: RunRecord) -> State:
     """Whether a run has finished, failed, was stopped, or goes on."""
     if run.is_finished:
         return State("finished")
+    if run.events and run.events[-1]["event"] == "stop":
+        return State("stopped")
     attempts = sorted((run.path / "attempts").glob("*"), key=lambda path: (len(path.name), path.name))
     failures = read_errors(attempts[-1]) if attempts else []
     if failures:
@@ -46,6 +48,8 @@ def state_of(run: RunRecord) -> State:
         place = f"\n  at: {first.where}" if first.where else ""
         remedy = f"\n  do: {first.remedy}" if first.remedy else ""
         return State("failed", f"rank {first.rank}, {step}: {first.type}: {first.message}{place}{remedy}")
+    if run.events and run.events[-1]["event"] == "failure":
+        return State("failed", f"after step {run.events[-1]['step']}: {run.events[-1].get('text', '')}")
     written = _written_at(run.path / "metrics.jsonl")
     return State("running" if time.time() - written < _LIVE_SECONDS else "stopped")
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from bigtrain.tracking.base import Tracker
 
 
 class Peak(NamedTuple):
@@ -108,32 +110,29 @@ def utilisation(model: nn.Module, device_name: str, dtype: torch.dtype, processe
     return Utilisation(float(answer()), peak * processes)
 
 
-class Takes(Protocol):
-    """What takes lines of numbers."""
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Take one line."""
-
-    def close(self) -> None:
-        """Write what is left."""
-
-
-class WithMFU:
-    """Hands lines of numbers on, those that have a throughput with `mfu` beside it.
+class Derived:
+    """Hands rows on, those that have a throughput with what follows from it: `tokens_per_s` and `mfu`.
 
     Args:
         trackers: Who takes them.
-        utilisation: What turns the one into the other.
+        utilisation: What turns samples a second into a share of the peak; None where that is not known.
+        tokens_per_sample: None where samples have none.
     """
 
-    def __init__(self, trackers: Sequence[Takes], utilisation: Utilisation) -> None:
+    def __init__(
+        self, trackers: Sequence[Tracker], utilisation: Utilisation | None = None, tokens_per_sample: int | None = None
+    ) -> None:
         self._trackers = trackers
-        self._utilisation = utilisation
+        self._utilisation, self._tokens = utilisation, tokens_per_sample
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Take one line."""
         if "samples_per_s" in row:
-            row = {**row, "mfu": self._utilisation.at(row["samples_per_s"])}
+            row = dict(row)
+            if self._tokens is not None:
+                row["tokens_per_s"] = row["samples_per_s"] * self._tokens
+            if self._utilisation is not None:
+                row["mfu"] = self._utilisation.at(row["samples_per_s"])
         for tracker in self._trackers:
             tracker.log(row)
 

@@ -16,10 +16,10 @@ ROOT = Path(__file__).parents[2]
 FLOORS = {
     "bigtrain.errors": 0,
     "bigtrain.config": 1,
+    "bigtrain.convert": 1,
     "bigtrain.lease": 1,
     "bigtrain.metrics": 1,
     "bigtrain.named": 1,
-    "bigtrain.convert": 2,
     "bigtrain.patterns": 1,
     "bigtrain.runs": 2,
     "bigtrain.starting": 3,
@@ -47,6 +47,7 @@ FLOORS = {
     "bigtrain.explain": 8,
     "bigtrain.parity": 8,
     "bigtrain.resuming": 8,
+    "bigtrain.telling": 8,
     "bigtrain.running": 9,
     "bigtrain.rehearsal": 10,
     "bigtrain.cli": 11,
@@ -68,7 +69,7 @@ FORBIDDEN = {
 }
 
 TORCH_FREE = (
-    *("bigtrain.errors", "bigtrain.config", "bigtrain.lease", "bigtrain.metrics"),
+    *("bigtrain.errors", "bigtrain.config", "bigtrain.convert", "bigtrain.lease", "bigtrain.metrics"),
     *("bigtrain.named", "bigtrain.patterns", "bigtrain.runs", "bigtrain.starting", "launchers"),
 )
 HEAVY = ("torch", "torchvision", "torchmetrics", "numpy", "sklearn", "tokenizers")

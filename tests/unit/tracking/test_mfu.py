@@ -12,10 +12,10 @@ from torch import nn
 from bigtrain import models
 from bigtrain.config.loader import from_dict
 from bigtrain.dist import World
-from bigtrain.running import _utilisation
+from bigtrain.telling import utilisation_of
 from bigtrain.tracking.console import Console
 from bigtrain.tracking.jsonl import MetricsFile
-from bigtrain.tracking.mfu import Utilisation, WithMFU, peak_flops, utilisation
+from bigtrain.tracking.mfu import Derived, Utilisation, peak_flops, utilisation
 from bigtrain.trainer import assemble
 
 GPT = {"vocab": 19, "layers": 2, "width": 12, "heads": 2, "mlp_width": 20, "context": 7}
@@ -94,7 +94,7 @@ def test_samples_shorter_than_the_models_have_none(context: int) -> None:
         "precision": "bf16",
     }
     training = assemble(from_dict(run).config, World())
-    found = _utilisation(training, "NVIDIA H200")
+    found = utilisation_of(training, "NVIDIA H200")
     training.close()
     if context == 7:
         assert found == Utilisation(models.build("gpt", GPT).flops_per_sample(), 989.4e12)
@@ -103,7 +103,7 @@ def test_samples_shorter_than_the_models_have_none(context: int) -> None:
 
 
 def test_lines_with_a_throughput_get_it(tmp_path: Path) -> None:
-    tracker = WithMFU([MetricsFile(tmp_path / "metrics.jsonl")], Utilisation(3.0, 8.0))
+    tracker = Derived([MetricsFile(tmp_path / "metrics.jsonl")], Utilisation(3.0, 8.0))
     tracker.log({"step": 1, "samples_per_s": 2.0})
     tracker.log({"step": 1, "eval/loss": 0.5})
     tracker.close()
@@ -114,5 +114,5 @@ def test_lines_with_a_throughput_get_it(tmp_path: Path) -> None:
 def test_the_console_shows_it(tmp_path: Path) -> None:
     console = Console(10, "none", tmp_path / "log")
     row = {"step": 10, "epoch": 0, "loss": 0.25, "grad_norm": 1.5, "lr": [1e-3], "samples_per_s": 50.0}
-    WithMFU([console], Utilisation(2.0, 400.0)).log(row)
+    Derived([console], Utilisation(2.0, 400.0)).log(row)
     assert "50 samples/s  mfu 25.0%  epoch 1" in (tmp_path / "log").read_text()

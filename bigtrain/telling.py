@@ -1,0 +1,200 @@
+"""What rank 0 tells of a run: to whom its numbers go, its first and last words, its report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigtrain.config.schema import Config
+from bigtrain.dist import World
+from bigtrain.errors import BigtrainError
+from bigtrain.prepare import COMPUTE_DTYPES, DTYPES
+from bigtrain.progress import Outcome
+from bigtrain.report import write_report
+from bigtrain.runs import RunFolder
+from bigtrain.tracking.base import Tracker
+from bigtrain.tracking.console import Console
+from bigtrain.tracking.making import make_trackers
+from bigtrain.tracking.mfu import Derived, Utilisation, utilisation
+from bigtrain.tracking.repro import write_repro
+from bigtrain.trainer import Training
+
+# Larger results (the confusion matrix of thousands of classes) do not go into result.json.
+_LARGEST_IN_RESULT = 10_000
+
+
+@dataclass(frozen=True)
+class Telling:
+    """Where a run's numbers and words go; nowhere, on every rank but the first.
+
+    Attributes:
+        trackers: Those that take rows.
+        console: The terminal.
+    """
+
+    trackers: Sequence[Tracker] = ()
+    console: Console | None = None
+
+    def tell(self, row: Mapping[str, Any]) -> None:
+        """Hand a row to all trackers, with the time."""
+        row = {**row, "time": round(time.time(), 3)}
+        for tracker in self.trackers:
+            tracker.log(row)
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        if self.console is not None:
+            self.console.say(text)
+
+    def close(self) -> None:
+        """Let every tracker write what is left."""
+        for tracker in self.trackers:
+            tracker.close()
+
+
+def begin_telling(
+    training: Training, folder: RunFolder, done: int, words: Sequence[str], steps: Callable[[], int]
+) -> Telling:
+    """Make the trackers of a start, and say its first words. Only rank 0 may call it.
+
+    Args:
+        training: What trains.
+        folder: Its folder.
+        done: The step that it goes on from.
+        words: What there is to say of that.
+        steps: Asked for the number of steps taken.
+    """
+    config, world = training.config, training.world
+    log = folder.logs / "rank-00000.stdout"
+    total = training.cadence.total_steps
+    console = Console(total, config.track.progress, log, title=config.run.name, step=steps)
+    console.say("\n".join([_first_lines(training), *words]))
+    changed = write_repro(folder.path, folder.number, _gpus(world))
+    trackers = make_trackers(
+        config,
+        folder.path,
+        folder.logs / "trackers.log",
+        console.say,
+        engine=training.engine.name,
+        world_size=world.size,
+        step=done,
+    )
+    telling = Telling(_derived([*trackers, console], training, console), console)
+    telling.tell(
+        {
+            "step": done,
+            "event": "start",
+            "attempt": folder.number,
+            "engine": training.engine_label,
+            "world_size": world.size,
+            "precision": config.precision,
+            **({"changed": ", ".join(changed)} if changed else {}),
+        }
+    )
+    return telling
+
+
+def finish_telling(telling: Telling, folder: RunFolder, outcome: Outcome, training: Training) -> None:
+    """Keep what a run came to, write its report, and say its last words."""
+    total = training.cadence.total_steps
+    if outcome.stopped:
+        telling.tell({"step": outcome.steps, "event": "stop"})
+        report(telling, folder, training.config)
+        telling.say(f"stopped after step {outcome.steps} of {total}, as asked: {folder.path}")
+        return
+    numbers = {name: _plain(value) for name, value in outcome.evaluation.items() if _is_small(value)}
+    folder.finish(
+        {
+            "steps": outcome.steps,
+            "samples": outcome.samples,
+            "skipped_steps": outcome.num_skipped,
+            "engine": training.engine.name,
+            "world_size": training.world.size,
+            "metrics": numbers,
+        }
+    )
+    scores = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items() if isinstance(value, float))
+    telling.say(
+        f"done: {outcome.steps} steps, {outcome.samples} samples" + (f"\nevaluation: {scores}" if scores else "")
+    )
+    report(telling, folder, training.config)
+    telling.say(f"run folder: {folder.path}")
+
+
+def report(telling: Telling, folder: RunFolder, config: Config) -> None:
+    """Write the report of what there is; it must not make a run fail that went well."""
+    if not config.track.report:
+        return
+    try:
+        telling.say(f"report: {write_report(folder.path)}")
+    except Exception as error:
+        telling.say(f"warning: there is no report: {type(error).__name__}: {error}")
+
+
+def tell_failure(telling: Telling, folder: RunFolder, step: int, error: BaseException, config: Config) -> None:
+    """Note in the run's events why it failed, and write its report without a word: what it failed of comes first."""
+    said = (error.problem if isinstance(error, BigtrainError) else str(error)).partition("\n")[0]
+    telling.tell({"step": step, "event": "failure", "text": f"{type(error).__name__}: {said}"})
+    if telling.console is not None and config.track.report:
+        with suppress(Exception):
+            write_report(folder.path)
+
+
+def _gpus(world: World) -> list[str]:
+    if world.device.type != "cuda":
+        return []
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+
+
+def _derived(trackers: Sequence[Tracker], training: Training, console: Console) -> Sequence[Tracker]:
+    """The trackers, with what follows from the throughput: tokens a second, and utilisation where it can be told."""
+    tokens = _tokens_per_sample(training.config)
+    share: Utilisation | None = None
+    if training.world.device.type == "cuda":
+        found = utilisation_of(training, torch.cuda.get_device_name(training.world.device))
+        if isinstance(found, str):
+            console.say(f"no mfu: {found}")
+        else:
+            share = found
+    return [Derived(trackers, share, tokens)] if share or tokens else trackers
+
+
+def _tokens_per_sample(config: Config) -> int | None:
+    tokens = config.data.args.get("context") if config.task.name == "causal_lm" else None
+    return tokens if isinstance(tokens, int) else None
+
+
+def utilisation_of(training: Training, device_name: str) -> Utilisation | str:
+    """How to compute a training's utilisation of its GPUs, or why it cannot be."""
+    config = training.config
+    ours, theirs = config.data.args.get("context"), config.model.args.get("context")
+    if None not in (ours, theirs) and ours != theirs:
+        return f"the model says what {theirs} tokens cost (model.args.context), and samples have {ours}"
+    dtype = COMPUTE_DTYPES.get(config.precision, DTYPES[config.precision])
+    return utilisation(training.model, device_name, dtype, training.world.size)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def _is_small(value: Any) -> bool:
+    return not isinstance(value, Tensor) or value.numel() <= _LARGEST_IN_RESULT
+
+
+def _first_lines(training: Training) -> str:
+    config, world = training.config, training.world
+    parameters = sum(piece[0] for piece in training.sizes)
+    trained = sum(piece[0] for piece in training.sizes if piece[1])
+    share = "" if trained == parameters else f", {trained:,} of them trained"
+    return (
+        f"{config.run.name}: {config.model.name} ({parameters:,} parameters{share}) on {config.data.name} "
+        f"({training.train.num_samples:,} samples), {training.cadence.total_steps} steps of {config.data.batch_size}\n"
+        f"{training.engine_choice}, {world.size} process{'es' if world.size > 1 else ''} on {world.device.type}"
+    )
