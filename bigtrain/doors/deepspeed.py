@@ -1,7 +1,7 @@
 """DeepSpeed's universal checkpoints: a folder for every parameter, which its loading cuts up for any stage and size.
 
     latest_universal                          names the folder of the step
-    global_step10/mp_rank_00_model_states.pt  buffers, step and what DeepSpeed asks for
+    global_step10/mp_rank_00_model_states.pt  buffers, step and what DeepSpeed asks for; again as zero_pp_rank_0_…
     global_step10/zero/optimizer_state.pt     hyperparameters
     global_step10/zero/<name>/fp32.pt         {"param": tensor}; exp_avg.pt and so on likewise
 
@@ -31,6 +31,7 @@ Key = tuple[str, str]
 
 _LATEST, _LATEST_UNIVERSAL = "latest", "latest_universal"
 _MODEL, _OPTIMIZER, _WEIGHT_FILE = "mp_rank_00_model_states.pt", "optimizer_state.pt", "fp32.pt"
+_MODEL_OF_STAGE_3 = f"zero_pp_rank_0_{_MODEL}"  # the same under the name that it looks for in stage 3
 
 
 def write(path: Path, reader: Any) -> None:
@@ -57,7 +58,8 @@ def write(path: Path, reader: Any) -> None:
             torch.save({"param": tensor}, folder / (_WEIGHT_FILE if kind == WEIGHT else f"{kind}.pt"))
     (path / _LATEST_UNIVERSAL).write_text(tag)
     torch.save(_model_state(reader, library.__version__), path / tag / _MODEL)
-    torch.save(_optimizer_state(reader), zero / _OPTIMIZER)
+    shutil.copy(path / tag / _MODEL, path / tag / _MODEL_OF_STAGE_3)
+    torch.save(_optimizer_state(reader, library.__version__), zero / _OPTIMIZER)
 
 
 def _model_state(reader: Any, version: str) -> dict[str, Any]:
@@ -84,21 +86,22 @@ def _model_state(reader: Any, version: str) -> dict[str, Any]:
     }
 
 
-def _optimizer_state(reader: Any) -> dict[str, Any]:
-    """The groups as DeepSpeed's loading wants them: hyperparameters of each group, in the order of the parameters."""
+def _optimizer_state(reader: Any, version: str) -> dict[str, Any]:
+    """Hyperparameters by group, in the order of the parameters; stages 1 and 2 look elsewhere than stage 3."""
     groups: list[dict[str, Any]] = []
     for values in reader.hyper.values():
         if values not in groups:
             groups.append(dict(values))
     steps = [key for key in reader.index if key[0] == "step"]
-    common = {"step": reader.whole(steps[0])} if steps else {}
+    state = {"step": reader.whole(steps[0])} if steps else {}
+    param_groups = [{**group, "params": [number]} for number, group in enumerate(groups)]
     return {
-        "base_optimizer_state": {"state": {0: common}, "param_groups": [{**group, "params": [0]} for group in groups]},
-        "loss_scaler": None,
+        "param_groups": param_groups,
+        "optimizer_state_dict": {"state": {0: state}, "param_groups": param_groups},
         "dynamic_loss_scale": False,
         "overflow": False,
         "clip_grad": 0.0,
-        "zero_stage": 1,
+        "ds_version": version,
     }
 
 
@@ -147,7 +150,7 @@ class UniversalReader:
     def close(self) -> None:
         """Remove what was made for reading only."""
         if not self._folder.is_relative_to(self.path):
-            shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self._folder.parent, ignore_errors=True)
 
 
 def universal_of(path: Path) -> Path:
@@ -169,7 +172,7 @@ def universal_of(path: Path) -> Path:
     made = Path(tempfile.mkdtemp(prefix="universal-", dir=path.parent))
     options = Namespace(
         input_folder=str(source),
-        output_folder=str(made),
+        output_folder=str(made / "universal"),  # beside it the converter leaves a pointer
         num_extract_workers=1,
         num_merge_workers=1,
         keep_temp_folder=False,
@@ -184,7 +187,7 @@ def universal_of(path: Path) -> Path:
         raise CorruptError(
             f"DeepSpeed cannot make a universal checkpoint of {path}: {error}", where=str(path)
         ) from error
-    return made
+    return made / "universal"
 
 
 def _tensor(file: Path) -> Tensor:
