@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import IO, Any
 
 from bigtrain.errors import UserError
@@ -125,6 +126,11 @@ def work(lines: IO[bytes], tell: Callable[[Mapping[str, Any]], None]) -> None:
 
 def main() -> None:
     """Take lines from the pipe; leave it, and the one that answers, to nobody else."""
+    # Woken by a row, it must not take the processor from the training, nor must what it starts.
+    os.nice(10)
+    if hasattr(os, "SCHED_BATCH"):
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     lines = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     nothing = os.open(os.devnull, os.O_RDONLY)
