@@ -27,6 +27,7 @@ from bigtrain.telling import Telling, begin_telling, finish_telling, tell_failur
 from bigtrain.tracking.making import check_trackers
 from bigtrain.tracking.reading import read_rows
 from bigtrain.trainer import Subject, Training, assemble
+from bigtrain.watching import Graph, Watching
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,12 @@ def _train(config: Config, subject: Subject, hooks: Sequence[Hook], failing: Fai
         check_trackers(config)
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     engine, _ = engines.choose(config.engine.name, num_processes)
+    recorder = Graph(config)
     with (
         torch_set_up(config),
         join(config.engine.device, needs_group=engines.needs_group(engine)) as world,
         lack_of_memory_explained(config, world, engine),
-        closing(assemble(config, world, subject)) as training,
+        closing(assemble(config, world, subject, adapt=recorder.see)) as training,
     ):
         model, path = training.model, Path(config.run.dir, config.run.name)
         resumed = resume(training, runs.checkpoints_of(path)) if config.checkpoint.resume == "auto" else None
@@ -123,7 +125,7 @@ def _train(config: Config, subject: Subject, hooks: Sequence[Hook], failing: Fai
             training.go_on_from(resumed.outcome)
         folder = _begin(config, world)
         with lease.renewed(path, folder.number) if world.is_main else nullcontext():
-            outcome = _run(training, folder, resumed, hooks, failing)
+            outcome = _run(training, folder, resumed, hooks, failing, recorder)
     return Run(path, outcome, model)
 
 
@@ -147,7 +149,12 @@ def _begin(config: Config, world: World) -> runs.RunFolder:
 
 
 def _run(
-    training: Training, folder: runs.RunFolder, resumed: Resumed | None, hooks: Sequence[Hook], failing: Failing
+    training: Training,
+    folder: runs.RunFolder,
+    resumed: Resumed | None,
+    hooks: Sequence[Hook],
+    failing: Failing,
+    graph: Graph,
 ) -> Outcome:
     telling = Telling()
     if training.world.is_main:
@@ -155,6 +162,7 @@ def _run(
         telling = begin_telling(
             training, folder, done, words, lambda: failing.loop.outcome.steps if failing.loop else done
         )
+    graph.keep(folder.path, telling.say, is_main=training.world.is_main)
     try:
         outcome = _loop(training, folder, resumed, telling, hooks, failing)
         if training.world.is_main:
@@ -191,11 +199,13 @@ def _loop(
     trained = {name for group in training.plan.groups for name in group.names}
     state = training.engine.state()
     keeper.expect(expected_bytes(state, trained, training.plan.bytes_per_element()), done.steps if resumed else None)
-    loop = training.loop(telling.trackers, hooks, keeper, done)
+    watching = Watching(training, folder.path, telling.tell, done.steps)
+    loop = training.loop(telling.trackers, [*hooks, *watching.hooks], keeper, done)
     failing.loop = loop
     try:
         return loop.run()
     finally:
+        watching.close()
         if world.size == 1:  # several ranks could wait here for one that has failed
             with suppress(SaveError):
                 keeper.settle()

@@ -212,7 +212,14 @@ class Profile(Section):
     """Which steps to profile."""
 
     steps: Annotated[ListOf[NonNegativeInt], Field(min_length=2, max_length=2)]
-    """The first step that is profiled, and the one after the last."""
+    """The first step that is profiled, counted from 0, and the one after the last."""
+
+    @field_validator("steps")
+    @classmethod
+    def _rise(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if value[0] >= value[1]:
+            raise refuse("holds no step", "give the first step and the one after the last, as [10, 15]")
+        return value
 
 
 class Launch(Section):

@@ -6,11 +6,11 @@ nothing.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from bigtrain.config.fields import Available, Named, Section
+from bigtrain.config.fields import Named, Section
 from bigtrain.config.operation import (
     Checkpoint,
     Compile,
@@ -119,7 +119,7 @@ class Config(Section):
     health: Health = Field(default_factory=Health)
     """What is watched, and what happens when it goes wrong."""
 
-    profile: Annotated[Profile | None, Available(None)] = None
+    profile: Profile | None = None
     """Which steps to profile; null: none."""
 
     launch: Launch = Field(default_factory=Launch)

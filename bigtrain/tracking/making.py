@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bigtrain.config.schema import Config, TensorBoard
+from bigtrain.config.schema import Config
 from bigtrain.errors import SetupError
 from bigtrain.named import load
 from bigtrain.tracking.base import TrackedRun, Tracker
@@ -83,12 +83,6 @@ def _specs(config: Config) -> list[Spec]:
     if track.tensorboard:
         found.append(Spec("TensorBoard", _TENSORBOARD))
     return found + [Spec(tracker.name, tracker.name, tracker.args) for tracker in track.trackers]
-
-
-def histograms_every(config: Config) -> int | None:
-    """The steps between two histograms of the weights; None where there are none."""
-    board = config.track.tensorboard
-    return board.histograms_every if isinstance(board, TensorBoard) else None
 
 
 def _check_tensorboard() -> None:

@@ -48,6 +48,7 @@ FLOORS = {
     "bigtrain.parity": 8,
     "bigtrain.resuming": 8,
     "bigtrain.telling": 8,
+    "bigtrain.watching": 8,
     "bigtrain.running": 9,
     "bigtrain.rehearsal": 10,
     "bigtrain.cli": 11,

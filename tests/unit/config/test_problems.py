@@ -219,6 +219,7 @@ def test_nothing_at_all_is_given():
         ("optim.schedule=step", "optim.schedule: step does not say when to step", "give optim.schedule.step_size"),
         ("engine.name=fdsp", "engine.name: fdsp does not fit", "auto | single | ddp | fsdp | deepspeed"),
         ("health.on_nonfinite=ignore", "health.on_nonfinite: ignore does not fit", "it takes: stop | skip"),
+        ("profile={steps: [5, 5]}", "profile.steps: [5, 5] holds no step", "give the first step and the one after"),
         ("profile={steps: [1]}", "profile.steps: [1] does not fit", "it takes: list of 2 int >= 0"),
     ],
 )
@@ -259,7 +260,6 @@ NOT_BUILT = {
     "checkpoint.weights": "trainable",
     "health.hang_timeout_s": 600,
     "health.startup_timeout_s": 1800,
-    "profile": "{steps: [1, 2]}",
     "launch.target": "slurm",
     "launch.nodes": 2,
     "launch.profile": "big",
