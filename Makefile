@@ -4,7 +4,7 @@ VENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON := "$(VENV)/bin/python"
 PYTHON3 ?= python3
 
-.PHONY: train test check matrix gpu format clean environment install install-test
+.PHONY: train test check matrix faults gpu format clean environment install install-test
 
 train: install
 	"$(VENV)/bin/bigtrain" launch configs/quickstart.yaml run.name=quickstart-$$(date +%Y%m%d-%H%M%S)
@@ -15,6 +15,10 @@ test: install-test
 # Every combination of engine, processes, accumulation, precision and optimizer, where `test` takes every pair: hours.
 matrix: install-test
 	BIGTRAIN_MATRIX=1 $(PYTHON) -m pytest tests/dist
+
+# The fault suite in full counts, of which `test` takes a part: kills, corruption, full disks, hangs.
+faults: install-test
+	BIGTRAIN_FAULTS=full $(PYTHON) -m pytest tests/faults tests/unit/checkpoint
 
 # Everything that needs a GPU, checked and measured in a few minutes.
 gpu: install-test

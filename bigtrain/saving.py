@@ -23,6 +23,9 @@ from bigtrain.state import EngineState
 
 _log = logging.getLogger(__name__)
 
+# What names, hashes, hyperparameters and random numbers take, measured: it matters for small models alone.
+_BYTES_A_RANK, _BYTES_A_TENSOR, _SLOTS = 20_000, 270, 3
+
 
 @dataclass(frozen=True)
 class Source:
@@ -94,6 +97,8 @@ class Keeper:
             DiskFullError: On all ranks, where two checkpoints would not fit on the disk.
         """
         self._saved_step = saved_step
+        if self._world.is_main and saved_step is not None:
+            self._prune(self._folder)  # what a start that was killed left behind
         if not (self._policy.every_steps or self._policy.every_minutes or self._policy.at_end):
             return
         check_space(Ranks(self._world), self._folder, num_bytes, files=self._files)
@@ -188,7 +193,7 @@ class Keeper:
             self._tell({"step": max(self._began, default=0), "event": "no checkpoint", "reason": error.problem})
 
     def _prune(self, committed: Path) -> None:
-        """Remove what is not kept; on rank 0, after a commit."""
+        """Remove what is not kept; on rank 0, after a commit or at the start."""
         try:
             prune(self._folder, self._policy.keep, self._policy.keep_every, files=self._files)
         except OSError as error:
@@ -211,9 +216,10 @@ def expected_bytes(state: EngineState, trained: set[str], slot_bytes: float) -> 
         trained: The parameters that the optimizer updates.
         slot_bytes: What the optimizer will keep for each of their elements.
     """
-    present = bytes_of(state)
+    present = bytes_of(state) + _BYTES_A_RANK + _BYTES_A_TENSOR * sum(piece.is_owner for piece in state.pieces)
     has_slots = any(piece.kind not in ("weight", "buffer") and piece.data.ndim for piece in state.pieces)
     if has_slots:
         return present
-    mine = sum(p.data.numel() for p in state.pieces if p.is_owner and p.kind == "weight" and p.name in trained)
-    return present + round(mine * slot_bytes)
+    mine = [p for p in state.pieces if p.is_owner and p.kind == "weight" and p.name in trained]
+    names = _BYTES_A_TENSOR * _SLOTS * len(mine)
+    return present + names + round(sum(p.data.numel() for p in mine) * slot_bytes)
