@@ -21,8 +21,8 @@ from bigtrain.errors import NonFiniteError
 from bigtrain.health.agreement import Agreement, check_buffers, stop_on_signals
 from bigtrain.health.nonfinite import NonFiniteWatch, explain
 from bigtrain.optim import Schedule
-from bigtrain.progress import Cadence, Hook, Outcome, Saver, SavesNothing, StepInfo, TrainBatch
-from bigtrain.protocols import Batch, Task
+from bigtrain.progress import Cadence, Examples, Hook, Outcome, Saver, SavesNothing, StepInfo, TrainBatch
+from bigtrain.protocols import Batch, LossSum, Task
 from bigtrain.tracking.base import Tracker
 from bigtrain.tracking.meter import Meter
 
@@ -39,8 +39,22 @@ def train_step(engine: Engine, task: Task, microbatches: Sequence[Batch], lr_sca
     return engine.step(lr_scale)
 
 
-def evaluate(engine: Engine, task: Task, batches: Iterable[Batch], world: World) -> dict[str, Any]:
-    """The mean loss and the task's metrics over all ranks' batches. Every rank must call it."""
+def evaluate(
+    engine: Engine,
+    task: Task,
+    batches: Iterable[Batch],
+    world: World,
+    look: Callable[[LossSum, Batch], None] | None = None,
+) -> dict[str, Any]:
+    """The mean loss and the task's metrics over all ranks' batches. Every rank must call it.
+
+    Args:
+        engine: Computes.
+        task: Says what the loss is and how to measure.
+        batches: This rank's part.
+        world: The ranks.
+        look: Shown what came of each microbatch.
+    """
     metrics = task.metrics()
     metrics.to(world.device)
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
@@ -50,6 +64,8 @@ def evaluate(engine: Engine, task: Task, batches: Iterable[Batch], world: World)
             sums[0] += result.total
             sums[1] += result.count
             metrics.update(result, batch)
+            if look is not None:
+                look(result, batch)
     total, count = world.all_reduce(sums).tolist()
     return {"loss": total / count if count else float("nan"), **metrics.compute()}
 
@@ -100,6 +116,7 @@ class Loop:
         self._meter = Meter(world)
         self._saver = saver or SavesNothing()
         self.outcome = done or Outcome()
+        self.examples = Examples(task)
         self._watch.num_skipped = self.outcome.num_skipped
 
     def run(self) -> Outcome:
@@ -201,7 +218,9 @@ class Loop:
         assert self._eval_batches is not None
         began = time.perf_counter()
         batches = (self._move(batch) for batch in self._eval_batches())
-        numbers = evaluate(self._engine, self._task, batches, self._world)
+        self.examples = Examples(self._task)
+        look = self.examples.look if self._world.is_main and step == self._cadence.total_steps else None
+        numbers = evaluate(self._engine, self._task, batches, self._world, look)
         self._meter.pause(time.perf_counter() - began)  # throughput is that of training
         scalars, now = _scalars(numbers), round(time.time(), 3)
         for tracker in self._trackers:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from bigtrain.engines.sums import StepResult
-from bigtrain.protocols import Batch
+from bigtrain.protocols import Batch, LossSum, Task
+
+MOST_EXAMPLES = 18
 
 
 class StepInfo:
@@ -60,6 +62,23 @@ class Hook:
 
     call: Callable[[StepInfo], None]
     every: int = 1
+
+
+class Examples:
+    """Sample predictions of an evaluation, where the task can show some: `examples(result, batch, most)`.
+
+    Args:
+        task: The task.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._show = getattr(task, "examples", None)
+        self.found: list[dict[str, Any]] = []
+
+    def look(self, result: LossSum, batch: Batch) -> None:
+        """Take some of a microbatch, as long as there are too few."""
+        if self._show is not None and len(self.found) < MOST_EXAMPLES:
+            self.found += self._show(result, batch, MOST_EXAMPLES - len(self.found))
 
 
 class TrainBatch(Protocol):

@@ -166,7 +166,8 @@ def _run(
     try:
         outcome = _loop(training, folder, resumed, telling, hooks, failing)
         if training.world.is_main:
-            finish_telling(telling, folder, outcome, training)
+            examples = failing.loop.examples.found if failing.loop else []
+            finish_telling(telling, folder, outcome, training, examples)
         return outcome
     except BaseException as error:
         if isinstance(error, UserError):

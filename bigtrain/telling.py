@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ from bigtrain.errors import BigtrainError
 from bigtrain.prepare import COMPUTE_DTYPES, DTYPES
 from bigtrain.progress import Outcome
 from bigtrain.report import write_report
-from bigtrain.runs import RunFolder
+from bigtrain.runs import RunFolder, write_atomically
 from bigtrain.tracking.base import Tracker
 from bigtrain.tracking.console import Console
 from bigtrain.tracking.making import make_trackers
@@ -100,7 +101,9 @@ def begin_telling(
     return telling
 
 
-def finish_telling(telling: Telling, folder: RunFolder, outcome: Outcome, training: Training) -> None:
+def finish_telling(
+    telling: Telling, folder: RunFolder, outcome: Outcome, training: Training, examples: Sequence[Mapping[str, Any]]
+) -> None:
     """Keep what a run came to, write its report, and say its last words."""
     total = training.cadence.total_steps
     if outcome.stopped:
@@ -108,6 +111,8 @@ def finish_telling(telling: Telling, folder: RunFolder, outcome: Outcome, traini
         report(telling, folder, training.config)
         telling.say(f"stopped after step {outcome.steps} of {total}, as asked: {folder.path}")
         return
+    if examples:
+        write_atomically(folder.path / "samples.json", json.dumps(list(examples)) + "\n")
     numbers = {name: _plain(value) for name, value in outcome.evaluation.items() if _is_small(value)}
     folder.finish(
         {
@@ -117,6 +122,7 @@ def finish_telling(telling: Telling, folder: RunFolder, outcome: Outcome, traini
             "engine": training.engine.name,
             "world_size": training.world.size,
             "metrics": numbers,
+            **({"class_names": training.class_names} if training.class_names else {}),
         }
     )
     scores = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items() if isinstance(value, float))

@@ -67,6 +67,7 @@ class Training:
     engine_reason: str
     fingerprint: str  # of the data
     sizes: list[tuple[int, bool]]  # for each parameter: its elements, and whether it is trained
+    class_names: list[str] | None = None  # of the labels, where the data tell
 
     @property
     def engine_choice(self) -> str:
@@ -151,7 +152,7 @@ def assemble(
     seed_everything(config.run.seed + world.rank)
     label = f"deepspeed stage {config.engine.deepspeed.stage}" if name == "deepspeed" else name
     parts = (task, prepared.model, engine, plan, schedule, train, evaluation, cadence)
-    training = Training(config, world, *parts, label, why, sets.fingerprint, sizes)
+    training = Training(config, world, *parts, label, why, sets.fingerprint, sizes, _class_names(sets))
     if config.compile.scope != "none":
         _try_compiled(training, compiled)
     return training
@@ -295,6 +296,11 @@ def _choices(config: Config, prepared: Prepared, compiled: Sequence[nn.Module]) 
             extra=deepspeed.extra,
         ),
     )
+
+
+def _class_names(sets: data_layer.DataSets) -> list[str] | None:
+    names = getattr(sets.train, "class_names", None)
+    return [str(name) for name in names] if names else None
 
 
 def _loaders(config: Config, sets: data_layer.DataSets, world: World) -> tuple[TrainLoader, EvalLoader | None]:

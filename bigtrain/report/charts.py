@@ -61,6 +61,8 @@ class Chart:
         may_be_log: Whether a logarithmic axis is taken where values are far apart.
         from_zero: Whether the axis begins at zero.
         note: Below the title.
+        legend: Whether lines are named.
+        until: The last step of the axis, if no line goes further; it begins at 0.
     """
 
     title: str
@@ -71,13 +73,14 @@ class Chart:
     from_zero: bool = False
     note: str = ""
     legend: bool = field(default=True)
+    until: float = 1.0
 
     def html(self) -> str:
         """The chart as a figure; empty where no line has a finite value."""
         lines = [line for line in self.lines if np.isfinite(line.y).any()]
         if not lines:
             return ""
-        scale = _Scale.of(lines, may_be_log=self.may_be_log, from_zero=self.from_zero)
+        scale = _Scale.of(lines, self.until, may_be_log=self.may_be_log, from_zero=self.from_zero)
         drawn = "".join(_draw(line, scale) for line in lines)
         marks = "".join(_mark(mark, scale) for mark in self.marks if scale.holds(mark.step))
         pointed = _under_pointer(lines, self.show, scale)
@@ -122,7 +125,7 @@ class _Scale:
     is_log: bool
 
     @classmethod
-    def of(cls, lines: Sequence[Line], *, may_be_log: bool, from_zero: bool) -> _Scale:
+    def of(cls, lines: Sequence[Line], until: float, *, may_be_log: bool, from_zero: bool) -> _Scale:
         x = np.concatenate([line.x for line in lines])
         y = np.concatenate([line.y[np.isfinite(line.y)] for line in lines])
         low, high = float(y.min()), float(y.max())
@@ -133,7 +136,7 @@ class _Scale:
             low = min(low, 0.0)
         room = (high - low) * 0.06 or abs(high) * 0.1 or 0.5
         bottom = low if from_zero and not is_log and low == 0 else low - room
-        return cls(float(x.min()), float(max(x.max(), x.min() + 1)), bottom, high + room, is_log)
+        return cls(min(float(x.min()), 0.0), max(float(x.max()), until), bottom, high + room, is_log)
 
     def holds(self, step: float) -> bool:
         return self.left <= step <= self.right

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -31,7 +32,7 @@ def charts_of(run: RunRecord) -> list[Chart]:
         _time_of_a_step(metrics, marks),
         *_others(metrics, marks),
     ]
-    return [chart for chart in charts if chart is not None]
+    return [replace(chart, until=float(max(run.step, 1))) for chart in charts if chart is not None]
 
 
 def marks_of(run: RunRecord) -> list[Mark]:

@@ -73,24 +73,30 @@ def samples(run: RunRecord) -> str:
         return ""
     if not isinstance(held, list):
         return ""
-    images = [_image(sample) for sample in held if "image" in sample]
+    names = run.result.get("class_names")
+    images = [_image(sample, names) for sample in held if "image" in sample]
     texts = [_text(sample) for sample in held if "text" in sample]
     return (f'<div class="samples">{"".join(images)}</div>' if images else "") + (
         f'<div class="texts">{"".join(texts)}</div>' if texts else ""
     )
 
 
-def _image(sample: dict[str, Any]) -> str:
+def _image(sample: dict[str, Any], names: Any) -> str:
     is_right = sample.get("prediction") == sample.get("target")
     source = str(sample["image"])
     if not source.startswith("data:image/png;base64,"):
         return ""
     sure = f" {float(sample['confidence']):.0%}" if "confidence" in sample else ""
-    label = "" if is_right else f"<br>is {escape(sample.get('target'))}"
+    label = "" if is_right else f"<br>is {_class(sample.get('target'), names)}"
     return (
         f'<figure class="{"right" if is_right else "wrong"}"><img alt="" src="{escape(source)}">'
-        f"<b>{escape(sample.get('prediction'))}</b>{sure}{label}</figure>"
+        f"<b>{_class(sample.get('prediction'), names)}</b>{sure}{label}</figure>"
     )
+
+
+def _class(label: Any, names: Any) -> str:
+    is_named = isinstance(names, list) and isinstance(label, int) and 0 <= label < len(names)
+    return escape(names[label] if is_named else label)
 
 
 def _text(sample: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from bigtrain.errors import DataError, ModelError, UserError
 from bigtrain.protocols import Batch, LossSum
 from bigtrain.tasks.inspection import pair, sample, try_on
 from bigtrain.tasks.metrics import SizedMetrics, summed_over_ranks
+from bigtrain.tasks.pictures import data_uri, is_picture
 from bigtrain.tasks.tensors import at_least_fp32, describe, mismatch, outputs, valid_part
 
 # torch ignores the label -100 unless told otherwise; where the user ignores none, this one cannot come by
@@ -124,6 +125,26 @@ class Classification:
     def metrics(self) -> ClassificationMetrics:
         """A fresh accumulator for one evaluation."""
         return ClassificationMetrics(self.num_classes, self._ignored)
+
+    def examples(self, result: LossSum, batch: Batch, most: int) -> list[dict[str, Any]]:
+        """Some of a microbatch's predictions, where the inputs are pictures; those that are wrong come first."""
+        images, labels = batch.data
+        if not isinstance(images, Tensor) or not len(images) or not is_picture(images[0]):
+            return []
+        logits = valid_part(at_least_fp32(cast(Tensor, result.preds)), batch)
+        sure, predicted = logits.softmax(1).max(1)
+        is_right = predicted == valid_part(labels, batch)
+        wrong = (~is_right).nonzero().flatten().tolist()[: most // 3 + 1]
+        right = is_right.nonzero().flatten().tolist()[: most - len(wrong)]
+        return [
+            {
+                "image": data_uri(images[place].cpu()),
+                "target": int(labels[place]),
+                "prediction": int(predicted[place]),
+                "confidence": round(float(sure[place]), 4),
+            }
+            for place in [*wrong, *right]
+        ]
 
     def check(self, model: nn.Module, batch: Batch) -> None:
         """Refuse data and models that do not fit, by one batch on the host.
