@@ -22,7 +22,7 @@ from bigtrain.config.loader import load
 from bigtrain.config.schema import Config
 from bigtrain.errors import RunFolderError
 from bigtrain.metrics import from_json
-from bigtrain.tracking.base import PLACES, flat, kind_of
+from bigtrain.tracking.base import flat, kind_of
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
 _ORDER = {"train": 0, "eval": 1}
@@ -259,20 +259,35 @@ def _read_lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _columns(rows: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
+    """Every metric's column, by the names that `flat` gives; in a loop that is run for each of millions of values."""
     columns: dict[str, tuple[list[int], list[float]]] = {}
+    names: dict[str, str] = {}
     for row in rows:
         step = row["step"]
-        for name, value in (*flat(row).items(), *((f"train/{key}", row[key]) for key in PLACES[1:] if key in row)):
-            if name not in columns:
-                columns[name] = ([], [])
-            steps, values = columns[name]
-            if not steps or steps[-1] != step:
-                steps.append(step)
-                values.append(value)
+        for key, value in row.items():
+            if key == "step":
+                continue
+            kind = type(value)
+            if kind is float or kind is int:
+                name = names.get(key) or names.setdefault(key, key if "/" in key else f"train/{key}")
+                _append(columns, name, step, value)
+            elif kind is list:
+                for name, item in flat({key: value}).items():
+                    _append(columns, name, step, item)
     return {
         name: Series(np.asarray(steps, np.int64), np.asarray(values, np.float64))
         for name, (steps, values) in columns.items()
     }
+
+
+def _append(columns: dict[str, tuple[list[int], list[float]]], name: str, step: int, value: float) -> None:
+    column = columns.get(name)
+    if column is None:
+        column = columns[name] = ([], [])
+    steps, values = column
+    if not steps or steps[-1] != step:
+        steps.append(step)
+        values.append(value)
 
 
 def _flattened(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
