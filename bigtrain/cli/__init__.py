@@ -17,6 +17,7 @@ from bigtrain.cli.convert import convert
 from bigtrain.cli.explain import explain
 from bigtrain.cli.init import init
 from bigtrain.cli.parity import parity
+from bigtrain.cli.replay import replay
 from bigtrain.cli.report import report
 from bigtrain.cli.sweep import sweep
 from bigtrain.cli.train import launch, train
@@ -35,7 +36,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(ckpt.app, name="ckpt")
 app.add_typer(runs.app, name="runs")
 app.command("try")(try_run)
-for command in (train, launch, parity, explain, report, init, sweep, convert):
+for command in (train, launch, parity, explain, report, init, sweep, convert, replay):
     app.command()(command)
 
 _wants_traceback = False

@@ -51,6 +51,7 @@ FLOORS = {
     "bigtrain.watching": 8,
     "bigtrain.running": 9,
     "bigtrain.rehearsal": 10,
+    "bigtrain.replaying": 10,
     "bigtrain.cli": 11,
     "bigtrain": 12,  # its own names, which others may not import
     "bigtrain.__main__": 12,

@@ -1,0 +1,132 @@
+"""Steps of a run again, from its last checkpoint before them, with their exact samples: for a debugger.
+
+Nothing is written into the run's folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import closing, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bigtrain import engines
+from bigtrain.checkpoint import find, open_checkpoint
+from bigtrain.checkpoint.folders import step_of
+from bigtrain.dist import join
+from bigtrain.errors import RunFolderError
+from bigtrain.loop import Loop
+from bigtrain.progress import Cadence, Hook, Outcome, StepInfo
+from bigtrain.resuming import set_random_state
+from bigtrain.running import lack_of_memory_explained, torch_set_up
+from bigtrain.runs import checkpoints_of
+from bigtrain.tracking.reading import RunRecord
+from bigtrain.trainer import Subject, Training, assemble
+
+Say = Callable[[str], None]
+
+
+def replay(
+    run: RunRecord,
+    step: int,
+    say: Say,
+    *,
+    subject: Subject | None = None,
+    detect_anomaly: bool = False,
+    stop_before: bool = False,
+) -> list[dict[str, Any]]:
+    """Train up to and with a step of a run again.
+
+    Args:
+        run: The run.
+        step: The last step that is taken; the first one is 1.
+        say: Told of every step, on rank 0.
+        subject: What the user brings as objects, as it was given when the run was trained.
+        detect_anomaly: Let autograd name the forward operation of a gradient that is not a number.
+        stop_before: Call `breakpoint()` before the last step.
+
+    Returns:
+        The rows of these steps.
+
+    Raises:
+        RunFolderError: Where the step is not one of the run's.
+    """
+    config = run.config
+    if not 1 <= step <= run.step:
+        raise RunFolderError(f"step {step} is none of the run's: it has {run.step}", remedy="give a step from 1 on")
+    name, _ = engines.choose(config.engine.name, int(os.environ.get("WORLD_SIZE", 1)))
+    with (
+        torch_set_up(config),
+        join(config.engine.device, needs_group=engines.needs_group(name)) as world,
+        lack_of_memory_explained(config, world, name),
+        closing(assemble(config, world, subject or Subject())) as training,
+    ):
+
+        def tell(text: str) -> None:
+            if world.is_main:
+                say(text)
+
+        done = _load(training, checkpoints_of(run.path), step, tell)
+        rows = _Rows(run, tell)
+        loop = _loop(training, done, step, rows, stop_before=stop_before)
+        with torch.autograd.set_detect_anomaly(True) if detect_anomaly else nullcontext():
+            loop.run()
+    return rows.rows
+
+
+def _load(training: Training, folder: Path, step: int, tell: Say) -> Outcome:
+    """Put the training where its last checkpoint before the step has it."""
+    path = next((path for path in find(folder) if (step_of(path) or 0) < step), None)
+    if path is None:
+        tell("there is no checkpoint before that step: from the beginning")
+        return Outcome()
+    with open_checkpoint(path) as reader:
+        training.engine.load(reader)
+        kept = reader.extra
+        tell(f"from step {reader.step}: {path}")
+        if reader.num_writers == training.world.size:
+            set_random_state(reader.own(training.world.rank)["random"], training.world.device)
+        else:
+            tell(f"the run had {reader.num_writers} processes: random numbers (dropout's) are other ones here")
+        outcome = Outcome(reader.step, kept["samples"], position=(kept["position"][0], kept["position"][1]))
+    training.go_on_from(outcome)
+    return outcome
+
+
+def _loop(training: Training, done: Outcome, step: int, rows: _Rows, *, stop_before: bool) -> Loop:
+    def before_last(info: StepInfo) -> None:
+        if info.step == step - 1:
+            breakpoint()  # what was asked for
+
+    hooks = [Hook(before_last)] if stop_before else []
+    if stop_before and done.steps == step - 1:
+        breakpoint()
+    # The schedule keeps the run's own length; only the loop ends sooner, and evaluates where the run did.
+    cadence = training.cadence
+    training.cadence = Cadence(step, 1, cadence.eval_every_steps, cadence.eval_every_epochs)
+    return training.loop([rows] if training.world.is_main else [], hooks, None, done)
+
+
+class _Rows:
+    """Says every step, beside what the run had logged for it."""
+
+    def __init__(self, run: RunRecord, tell: Say) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._tell = tell
+        self._logged = {row["step"]: row["loss"] for row in run.rows if "loss" in row}
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        if "loss" not in row:
+            return
+        self.rows.append(dict(row))
+        before = self._logged.get(row["step"])
+        beside = ""
+        if before is not None:
+            beside = ", as the run had it" if before == row["loss"] else f"; the run had {before!r}"
+        self._tell(f"step {row['step']}: loss {row['loss']!r}, norm {row['grad_norm']!r}{beside}")
+
+    def close(self) -> None:
+        pass
