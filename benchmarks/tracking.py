@@ -2,7 +2,7 @@
 
     python benchmarks/tracking.py [--rounds 6] [--steps 2000]
 
-The same small model is trained with every tracker and with none, in turns (A B B A), in one process with one thread. The
+The same small model is trained with every tracker and with none, in turns (A B B A), in one process, one thread. The
 time of a step is the time between two calls of the model's forward; the first hundred are not counted, nor those in
 which the trackers' own process starts. What is added is the difference of the medians, of the steps that log nothing
 and of those that log.

@@ -204,7 +204,9 @@ def _loop(
     loop = training.loop(telling.trackers, [*hooks, *watching.hooks], keeper, done)
     failing.loop = loop
     try:
-        return loop.run()
+        outcome = loop.run()
+        keeper.close()
+        return outcome
     finally:
         watching.close()
         if world.size == 1:  # several ranks could wait here for one that has failed

@@ -175,6 +175,11 @@ class Keeper:
         if self._background:
             self._hear(self._background.wait)
 
+    def close(self) -> None:
+        """Let go of everything, after `finish`. Every rank must call it."""
+        if self._background:
+            self._background.close()
+
     def _hear(self, listen: Callable[[], Path | None]) -> None:
         try:
             path = listen()

@@ -57,6 +57,7 @@ class Background:
     ) -> None:
         self._world = world
         group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group = group
         self._ranks = Ranks(replace(world, group=group))
         self._save: Callable[..., Path] = lambda *args, **options: save(
             self._ranks, Path(folder), *args, attempt=attempt, still_ours=still_ours, files=files, **options
@@ -164,6 +165,13 @@ class Background:
         if isinstance(outcome, BaseException):
             raise SaveError(f"the writing thread failed: {type(outcome).__name__}: {outcome}") from outcome
         return outcome
+
+    def close(self) -> None:
+        """Let go of the group and the memory. Every rank must call it, with nothing being written."""
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
+        self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def _prepared(self, state: EngineState) -> tuple[EngineState, Callable[[], None], bool]:
         """What is to be written, what to call before it is read, and whether it is a copy."""
