@@ -20,6 +20,7 @@ from bigtrain.checkpoint.shards import DTYPES
 from bigtrain.config.loader import loads
 from bigtrain.doors import names
 from bigtrain.doors.kept import as_text
+from bigtrain.doors.memory import tensor_for
 from bigtrain.errors import CheckpointError, SetupError
 from bigtrain.models import build
 from bigtrain.state import BUFFER, WEIGHT, whole
@@ -73,7 +74,7 @@ class _Watched:
     def whole(self, key: Key) -> torch.Tensor:
         """One tensor, whole."""
         spec = self.index[key]
-        out = torch.empty(spec.shape, dtype=spec.dtype)
+        out = tensor_for(spec)
         self.read_into(*key, whole(spec.shape), out)
         return out
 

@@ -14,10 +14,11 @@ from bigtrain.checkpoint import Ranks, save
 from bigtrain.dist import World
 from bigtrain.doors import names
 from bigtrain.doors.kept import from_text
+from bigtrain.doors.memory import tensor_for
 from bigtrain.doors.sources import ForeignReader, HuggingFaceReader, open_weights
 from bigtrain.doors.torch_files import TorchReader
 from bigtrain.errors import CheckpointError
-from bigtrain.state import EngineState, Piece, whole
+from bigtrain.state import EngineState, Piece, TensorSpec, whole
 
 Progress = Callable[[int], None]
 
@@ -33,7 +34,7 @@ class _Streamed(Piece):
 
     def read(self) -> Tensor:
         """The data."""
-        out = torch.empty(self.shape, dtype=self.dtype)
+        out = tensor_for(TensorSpec(self.shape, self.dtype))
         self.reader.read_into(self.kind, self.name, self.box, out)
         self.progress(out.nbytes)
         return out

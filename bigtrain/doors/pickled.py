@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bigtrain.doors.kept import KEY, from_tensor
+from bigtrain.doors.memory import tensor_for
 from bigtrain.errors import CheckpointError, CorruptError
 from bigtrain.state import BUFFER, Box, TensorSpec
 
@@ -91,7 +92,7 @@ class DcpReader:
         from torch.distributed.checkpoint.filesystem import FileSystemReader
         from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
-        state = {entry: torch.empty(spec.shape, dtype=spec.dtype)}
+        state = {entry: tensor_for(spec)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is one process
             load_tensors(state, storage_reader=FileSystemReader(self.path), no_dist=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bigtrain.doors.memory import tensor_for
 from bigtrain.errors import CheckpointError, CorruptError
 from bigtrain.state import BUFFER, WEIGHT, Box, Reader, TensorSpec, whole
 
@@ -119,7 +120,7 @@ def write(path: Path, content: Mapping[str, Any], places: Mapping[Key, tuple[str
     with open(path, "r+b") as file:
         for key, place in places.items():
             spec, at = reader.index[key], _get(found, place)
-            out = torch.empty(spec.shape, dtype=spec.dtype)
+            out = tensor_for(spec)
             reader.read_into(*key, whole(spec.shape), out)
             if out.numel():
                 offset = at.untyped_storage()._checkpoint_offset

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ from safetensors.torch import load_file, save_file
 
 import bigtrain
 from bigtrain import models
-from bigtrain.checkpoint import CheckpointReader, diff, find, open_checkpoint
+from bigtrain.checkpoint import CheckpointReader, Ranks, diff, find, open_checkpoint, save
+from bigtrain.dist import World
 from bigtrain.doors import open_weights
 from bigtrain.doors.exporting import export
 from bigtrain.doors.incoming import bring_in
 from bigtrain.errors import CheckpointError, CorruptError
-from bigtrain.state import whole
+from bigtrain.state import EngineState, Piece, whole
+from tests.helpers.checkpoints import in_a_fork
 from tests.helpers.resuming import config
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled.*:UserWarning")
@@ -228,3 +231,54 @@ def test_a_truncated_file_is_refused(checkpoint, tmp_path):
         path.write_bytes(raw[:size])
         with pytest.raises(CorruptError, match="no safetensors file"):
             open_weights(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["safetensors", "torch", "dcp", "deepspeed"])
+def test_memory_grows_with_the_largest_tensor_not_with_the_model(tmp_path, form):
+    """A state of 400 MB out and in: at most its largest tensor and 256 MiB are held."""
+    count, numel = 16, 25 << 18  # of 26 MB each
+
+    def write() -> None:
+        pieces = [
+            Piece(f"layers.{n}.weight", "weight", (numel,), torch.float32, whole((numel,)), torch.randn(numel), True)
+            for n in range(count)
+        ]
+        save(Ranks(World()), tmp_path, 1, EngineState(pieces, {}), extra={})
+
+    def measure() -> None:
+        out = tmp_path / f"out.{'pt' if form == 'torch' else form}"
+        if form == "deepspeed":
+            import deepspeed  # noqa: F401 # what it takes by itself does not count
+        with Peak() as peak:
+            with open_checkpoint(tmp_path / "step-00000001") as reader:
+                export(reader, out, form)
+            bring_in(out, tmp_path / "in", form, allow_pickle=True)
+        assert 4 * numel / 2 < peak.held < 4 * numel + (256 << 20), peak.held
+
+    assert in_a_fork(write) == 0
+    assert in_a_fork(measure) == 0
+
+
+class Peak:
+    """The most memory that this process held; pages of mapped files, which the system can drop, do not count."""
+
+    def __enter__(self):
+        self._before, self._most, self._is_over = self._now(), 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self._is_over.set()
+        self._thread.join()
+        self.held = self._most - self._before
+
+    def _watch(self):
+        while not self._is_over.wait(0.002):
+            self._most = max(self._most, self._now())
+
+    @staticmethod
+    def _now() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
