@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from bigtrain.doors.kept import KEY, as_tensor
+from bigtrain.doors.memory import give_back
 from bigtrain.state import BUFFER, WEIGHT
 
 Key = tuple[str, str]
@@ -47,11 +48,17 @@ class _Streaming(DefaultSavePlanner):
     def __init__(self, reader: Any, keys: Mapping[str, Key]) -> None:
         super().__init__(flatten_state_dict=False)
         self._reader, self._keys = reader, keys
+        self._last: Tensor | None = None
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         """The tensor of an item."""
-        entry = write_item.index.fqn
-        return self._reader.whole(self._keys[entry]) if entry in self._keys else super().resolve_data(write_item)
+        key = self._keys.get(write_item.index.fqn)
+        if key is None:
+            return super().resolve_data(write_item)
+        if self._last is not None:  # it has been written; torch's writer holds on to every tensor until the end
+            give_back(self._last)
+        self._last = self._reader.whole(key)
+        return self._last
 
 
 def write(path: Path, reader: Any) -> None:
@@ -68,7 +75,8 @@ def write(path: Path, reader: Any) -> None:
     }
     buffers = [name for kind, name in reader.index if kind == BUFFER]
     state[KEY] = as_tensor({"step": reader.step, "hyper": reader.hyper, "buffers": buffers, "extra": reader.extra})
-    writer = FileSystemWriter(path, single_file_per_rank=True, thread_count=1)
+    # Nothing is fetched ahead: a tensor has been written when the next one is asked for.
+    writer = FileSystemWriter(path, single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is one process
         try:

@@ -21,4 +21,13 @@ def tensor_for(spec: TensorSpec) -> Tensor:
     if not count:
         return torch.empty(spec.shape, dtype=spec.dtype)
     own = mmap.mmap(-1, count * spec.dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(own, dtype=spec.dtype).view(spec.shape)
+    tensor = torch.frombuffer(own, dtype=spec.dtype).view(spec.shape)
+    tensor._mapping = own  # type: ignore[attr-defined]
+    return tensor
+
+
+def give_back(tensor: Tensor) -> None:
+    """Give the memory of such a tensor back though somebody still holds it; nobody may read it any more."""
+    own = getattr(tensor, "_mapping", None)
+    if own is not None:
+        own.madvise(mmap.MADV_DONTNEED)
