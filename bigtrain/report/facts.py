@@ -92,7 +92,7 @@ def tiles(run: RunRecord) -> str:
         steps, values = metrics[name]
         best = int(values.argmin() if is_better_when_small(name) else values.argmax())
         title = name.removeprefix("eval/").replace("_", " ")
-        title = "evaluation loss" if title == "loss" else title
+        title = "eval loss" if title == "loss" else title
         shown.append((title, number(float(values[-1])), f"best {number(float(values[best]))} at step {steps[best]:,}"))
     for name, title in (("tokens_per_s", "tokens/s"), ("samples_per_s", "samples/s")):
         if f"train/{name}" in metrics:
@@ -107,7 +107,7 @@ def tiles(run: RunRecord) -> str:
         shown.append(("training time", seconds(duration), count(restarts, "restart") if restarts > 0 else "one start"))
     if run.checkpoints:
         last = run.checkpoints[-1]
-        shown.append(("last checkpoint", f"step {last.step:,}", num_bytes(last.num_bytes)))
+        shown.append(("checkpoint", f"step {last.step:,}", num_bytes(last.num_bytes)))
     return "".join(
         f'<div class="tile"><span>{escape(title)}</span><b>{escape(value)}</b><small>{escape(note)}</small></div>'
         for title, value, note in shown

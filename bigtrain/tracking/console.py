@@ -78,7 +78,7 @@ class Console:
         if kind == "event":
             self._event(row)
         elif kind == "eval":
-            self.say(wording.evaluation(row))
+            self._evaluation(row)
             if self._view is not None:
                 self._view.scored(wording.scores(row))
         elif kind == "train":
@@ -91,6 +91,16 @@ class Console:
             self._watcher.join()
         if self._view is not None:
             self._view.close()
+
+    def _evaluation(self, row: Mapping[str, Any]) -> None:
+        words = wording.evaluation(row)
+        if self._style != "bar":
+            self.say(words)
+            return
+        self._write(words)
+        while len(words) > self._rich.width and "  " in words:  # what does not fit stands in the log
+            words = words.rpartition("  ")[0]
+        self._rich.print(words, markup=False)
 
     def _event(self, row: Mapping[str, Any]) -> None:
         if row["event"] == "checkpoint" and self._view is not None:

@@ -21,6 +21,7 @@ from bigtrain.tracking.wording import duration, rates, size
 SECONDS_BETWEEN_DRAWINGS = 0.25
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _MOST_LOSSES = 256
+_LOG_FROM = 10.0  # losses that are so many times apart are drawn by their logarithms
 
 
 class View:
@@ -168,5 +169,8 @@ class Losses:
             edges = [round(place * len(means) / cells) for place in range(cells + 1)]
             means = [sum(means[a:b]) / (b - a) for a, b in pairwise(edges)]
         low, high = min(means), max(means)
+        if low > 0 and high > _LOG_FROM * low:
+            means = [math.log(value) for value in means]
+            low, high = math.log(low), math.log(high)
         scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
         return "".join(_BLOCKS[round((value - low) * scale)] for value in means)
