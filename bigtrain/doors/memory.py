@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import mmap
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from bigtrain.state import TensorSpec
+
+# Of the tensors that are alive, by where they lie.
+_mappings: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
 
 
 def tensor_for(spec: TensorSpec) -> Tensor:
@@ -22,12 +26,12 @@ def tensor_for(spec: TensorSpec) -> Tensor:
         return torch.empty(spec.shape, dtype=spec.dtype)
     own = mmap.mmap(-1, count * spec.dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     tensor = torch.frombuffer(own, dtype=spec.dtype).view(spec.shape)
-    tensor._mapping = own  # type: ignore[attr-defined]
+    _mappings[tensor.data_ptr()] = own
     return tensor
 
 
 def give_back(tensor: Tensor) -> None:
     """Give the memory of such a tensor back though somebody still holds it; nobody may read it any more."""
-    own = getattr(tensor, "_mapping", None)
+    own = _mappings.get(tensor.data_ptr())
     if own is not None:
         own.madvise(mmap.MADV_DONTNEED)
