@@ -14,6 +14,7 @@
         ├── NonFiniteError           a loss or gradient norm that is not finite
         ├── OutOfMemoryError         the device or the host ran out of memory
         ├── StateError               a state does not fit the model or optimizer
+        ├── FreezeError              what is frozen moved, or what trains did not
         ├── RankError                a rank of a launched run failed
         └── CheckpointError          a checkpoint cannot be written, found or read
             ├── SaveError            it was not written, and nothing was committed
@@ -153,6 +154,10 @@ class OutOfMemoryError(TrainingError):
 
 class StateError(TrainingError):
     """A state does not fit the model or the optimizer."""
+
+
+class FreezeError(TrainingError):
+    """What is frozen has moved, what trains has not, or ranks hold different copies of it."""
 
 
 class RankError(TrainingError):

@@ -118,9 +118,11 @@ class Loop:
         self.outcome = done or Outcome()
         self.examples = Examples(task)
         self._watch.num_skipped = self.outcome.num_skipped
+        phase_at = cadence.phase_at
+        self._phase = phase_at(self.outcome.steps, self.outcome.position[0]) if phase_at else 0
 
     def run(self) -> Outcome:
-        """Train to the end, or to a step boundary at which all ranks agreed to stop.
+        """Train to the end, to the end of a phase, or to a step boundary at which all ranks agreed to stop.
 
         Raises:
             NonFiniteError: On every rank in the same step.
@@ -129,18 +131,32 @@ class Loop:
         first = self.outcome.steps + 1
         try:
             with stop_on_signals(self._agreement):
-                while self.outcome.steps < self._cadence.total_steps and not self.outcome.stopped:
+                while not (self._is_done() or self._ends_phase() or self.outcome.stopped):
                     self._one_step()
                     if self.outcome.steps == first and self._world.size > 1:
                         check_buffers(self._world, self._engine.state().pieces)
                 self._raise_if(self._watch.last())
-                self._saver.finish(self.outcome)
+                if self._ends_phase() and not self._is_done():
+                    # What ranks have wished for since the last step would be lost with this loop.
+                    wishes = [self._agreement.decide(), self._agreement.decide()]
+                    self.outcome.stopped |= any(agreed.stop for agreed in wishes)
+                    self._saver.commit(self.outcome)
+                else:
+                    self._saver.finish(self.outcome)
         except NonFiniteError:  # on every rank in the same step: what is being written is good
             self._saver.settle()
             raise
         self._agreement.close()  # not after an error: that would wait for the others
         self._meter.close()
         return self.outcome
+
+    def _is_done(self) -> bool:
+        return self.outcome.steps >= self._cadence.total_steps
+
+    def _ends_phase(self) -> bool:
+        """Whether what is trainable changes before the next step: this loop's model cannot go on then."""
+        phase_at = self._cadence.phase_at
+        return phase_at is not None and phase_at(self.outcome.steps, self.outcome.position[0]) != self._phase
 
     def _one_step(self) -> None:
         began = time.perf_counter()
@@ -185,6 +201,7 @@ class Loop:
             lrs = [lr * lr_scale for lr in self._base_lrs]
             info = StepInfo(result, step, data.epoch, data.num_samples, self.outcome.samples, lrs)
             info.evaluation = self.outcome.evaluation if is_eval else None
+            info.is_last = is_last or self._ends_phase()
             for hook in due:
                 hook.call(info)
             if info.stop_requested:

@@ -94,7 +94,13 @@ class OptimizerPlan:
         ]
 
 
-def plan_optimizer(model: nn.Module, config: schema.Optim) -> OptimizerPlan:
+def plan_optimizer(
+    model: nn.Module,
+    config: schema.Optim,
+    *,
+    lr_scales: Mapping[str, float] | None = None,
+    begins: Mapping[str, int] | None = None,
+) -> OptimizerPlan:
     """Decide class, groups and hyperparameters for the trainable parameters of a plain, unsharded model.
 
     Of the entries of `optim.groups` that match a parameter, the last one to give a rate decides its rate, and the
@@ -113,14 +119,18 @@ def plan_optimizer(model: nn.Module, config: schema.Optim) -> OptimizerPlan:
         why = "every parameter is frozen" if has_any else f"{type(model).__name__} has no parameters"
         raise PatternError(f"nothing to train: {why}", where="finetune.freeze" if has_any else "model")
     undecayed = set() if config.decay_norms_and_biases else norm_and_bias(model)
-    overrides = _overrides_by_name(config.groups, named)
+    lr_scales, begins = lr_scales or {}, begins or {}
+    ever = [name for name, _ in model.named_parameters() if name in named or name in begins]
+    overrides = _overrides_by_name(config.groups, ever)
     groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
     for name in named:
         hyper = dict(common)
         if name in undecayed and "weight_decay" in hyper:
             hyper["weight_decay"] = 0.0
         hyper |= overrides[name]
-        groups.setdefault(repr(sorted(hyper.items())), (hyper, []))[1].append(name)
+        hyper["lr"] *= lr_scales.get(name, 1.0)
+        key = repr((sorted(hyper.items()), begins.get(name, 0)))
+        groups.setdefault(key, (hyper, []))[1].append(name)
     built_in = config.name in _BUILT_IN
     implementation_is_chosen = bool({"fused", "foreach", "dampening"} & set(config.args))
     return OptimizerPlan(
@@ -164,10 +174,10 @@ def _common_arguments(cls: type[torch.optim.Optimizer], config: schema.Optim) ->
     return {"lr": config.lr, **config.args}
 
 
-def _overrides_by_name(groups: Sequence[schema.OptimGroup], named: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    result: dict[str, dict[str, Any]] = {name: {} for name in named}
+def _overrides_by_name(groups: Sequence[schema.OptimGroup], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    result: dict[str, dict[str, Any]] = {name: {} for name in names}
     for position, group in enumerate(groups):
-        for name in match_names(group.match, list(named), where=f"optim.groups.{position}.match"):
+        for name in match_names(group.match, names, where=f"optim.groups.{position}.match"):
             result[name] |= {
                 key: value
                 for key, value in (("lr", group.lr), ("weight_decay", group.weight_decay))

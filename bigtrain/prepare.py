@@ -207,7 +207,8 @@ def refuse_local_batchnorm(model: nn.Module, num_processes: int) -> None:
     raise CombinationError(
         f"BatchNorm over {num_processes} processes would normalise each rank's part of the batch on its own: {shown}",
         where="model",
-        remedy="use group norm (torchvision models: model.args.norm_layer=group_norm), freeze it (finetune.freeze),\n"
+        remedy="use group norm (torchvision models: model.args.norm_layer=group_norm), freeze it (finetune.freeze, or\n"
+        "finetune.freeze_batchnorm, which keeps it so),\n"
         "convert it in your factory with torch.nn.SyncBatchNorm.convert_sync_batchnorm (on GPUs),\n"
         "or train in one process",
     )

@@ -22,6 +22,7 @@ class StepInfo:
         samples_seen: Samples since the start of the run.
         lr: The rate of each optimizer group in this step.
         evaluation: The evaluation made after this step, if there was one.
+        is_last: Whether the run, or a phase of its freeze plan, ends with this step.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class StepInfo:
         self.samples_seen = samples_seen
         self.lr = lr
         self.evaluation: dict[str, Any] | None = None
+        self.is_last = False
         self.stop_requested = False
         self.save_requested = False
 
@@ -110,12 +112,14 @@ class Cadence:
         log_every: A line of numbers, in steps.
         eval_every_steps: An evaluation; there is always one at the end if there is data for it.
         eval_every_epochs: The same in epochs.
+        phase_at: The phase of the next step, by the number of steps taken and the epoch; None where there is one alone.
     """
 
     total_steps: int
     log_every: int
     eval_every_steps: int | None = None
     eval_every_epochs: int | None = None
+    phase_at: Callable[[int, int], int] | None = None
 
 
 @dataclass
@@ -158,6 +162,13 @@ class Saver(Protocol):
             SaveError: On all ranks, why it was not.
         """
 
+    def commit(self, outcome: Outcome) -> None:
+        """Save the state whatever is wanted, if it is not saved yet, and wait until it is on the disk.
+
+        Raises:
+            SaveError: On all ranks, why it was not.
+        """
+
     def finish(self, outcome: Outcome) -> None:
         """Save the state at the end, if it is wanted and is not saved yet, and wait until it is on the disk."""
 
@@ -181,6 +192,9 @@ class SavesNothing:
 
     def poll(self) -> None:
         """Hear nothing."""
+
+    def commit(self, outcome: Outcome) -> None:
+        """Save nothing."""
 
     def finish(self, outcome: Outcome) -> None:
         """Save nothing."""

@@ -20,7 +20,7 @@ from bigtrain.dist import join
 from bigtrain.errors import RunFolderError
 from bigtrain.loop import Loop
 from bigtrain.progress import Cadence, Hook, Outcome, StepInfo
-from bigtrain.resuming import set_random_state
+from bigtrain.resuming import fitted, phase_of, set_random_state
 from bigtrain.running import lack_of_memory_explained, torch_set_up
 from bigtrain.runs import checkpoints_of
 from bigtrain.tracking.reading import RunRecord
@@ -58,34 +58,40 @@ def replay(
     if not 1 <= step <= run.step:
         raise RunFolderError(f"step {step} is none of the run's: it has {run.step}", remedy="give a step from 1 on")
     name, _ = engines.choose(config.engine.name, int(os.environ.get("WORLD_SIZE", 1)))
+    path = next((path for path in find(checkpoints_of(run.path)) if (step_of(path) or 0) < step), None)
+    phase = phase_of(path, config) if path else 0
     with (
         torch_set_up(config),
         join(config.engine.device, needs_group=engines.needs_group(name)) as world,
         lack_of_memory_explained(config, world, name),
-        closing(assemble(config, world, subject or Subject())) as training,
+        closing(assemble(config, world, subject or Subject(), phase=phase)) as training,
     ):
 
         def tell(text: str) -> None:
             if world.is_main:
                 say(text)
 
-        done = _load(training, checkpoints_of(run.path), step, tell)
+        done = _load(training, path, tell)
         rows = _Rows(run, tell)
         loop = _loop(training, done, step, rows, stop_before=stop_before)
         with torch.autograd.set_detect_anomaly(True) if detect_anomaly else nullcontext():
-            loop.run()
+            reached = loop.run().steps
+    if reached < step:
+        raise RunFolderError(
+            f"what trains changes after step {reached}, and there is no checkpoint of that step any more",
+            remedy="give a step up to it; or keep more checkpoints (checkpoint.keep)",
+        )
     return rows.rows
 
 
-def _load(training: Training, folder: Path, step: int, tell: Say) -> Outcome:
-    """Put the training where its last checkpoint before the step has it."""
-    path = next((path for path in find(folder) if (step_of(path) or 0) < step), None)
+def _load(training: Training, path: Path | None, tell: Say) -> Outcome:
+    """Put the training where a checkpoint has it."""
     if path is None:
         tell("there is no checkpoint before that step: from the beginning")
         return Outcome()
     with open_checkpoint(path) as reader:
-        training.engine.load(reader)
         kept = reader.extra
+        training.engine.load(fitted(reader, training, is_tuned=False))
         tell(f"from step {reader.step}: {path}")
         if reader.num_writers == training.world.size:
             set_random_state(reader.own(training.world.rank)["random"], training.world.device)
@@ -106,7 +112,7 @@ def _loop(training: Training, done: Outcome, step: int, rows: _Rows, *, stop_bef
         breakpoint()
     # The schedule keeps the run's own length; only the loop ends sooner, and evaluates where the run did.
     cadence = training.cadence
-    training.cadence = Cadence(step, 1, cadence.eval_every_steps, cadence.eval_every_epochs)
+    training.cadence = Cadence(step, 1, cadence.eval_every_steps, cadence.eval_every_epochs, cadence.phase_at)
     return training.loop([rows] if training.world.is_main else [], hooks, None, done)
 
 

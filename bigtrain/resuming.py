@@ -8,7 +8,7 @@ are drawn anew from (seed, rank, step): there is no stream that they could go on
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ import xxhash
 import yaml
 from torch import Tensor
 
-from bigtrain.checkpoint import CheckpointReader, Ranks, load_newest
+from bigtrain.checkpoint import CheckpointReader, Ranks, load_newest, open_checkpoint
 from bigtrain.config.loader import Change, diff, dump, loads
 from bigtrain.config.schema import Config
 from bigtrain.errors import ConfigError, RunFolderError
+from bigtrain.finetune.freeze import phase_at
 from bigtrain.prepare import seed_everything
 from bigtrain.progress import Outcome
 from bigtrain.saving import Source
@@ -57,16 +58,31 @@ class Resumed:
     words: list[str]
 
 
-def source_of(training: Training) -> Source:
-    """What checkpoints of a training are made of."""
-    config, world = training.config, training.world
+class OtherPhaseError(Exception):
+    """A checkpoint is of another phase of the freeze plan than the training was built for: build it for that one."""
+
+    def __init__(self, phase: int) -> None:
+        super().__init__(f"the checkpoint is of phase {phase}")
+        self.phase = phase
+
+
+def source_of(current: Callable[[], Training]) -> Source:
+    """What checkpoints of a run are made of.
+
+    Args:
+        current: The training as it is built now.
+    """
+    config, world = current().config, current().world
 
     def extra(outcome: Outcome) -> dict[str, Any]:
+        training = current()
         return {
             "samples": outcome.samples,
             "position": list(outcome.position),
             "num_skipped": outcome.num_skipped,
             "evaluation": {name: kept for name, value in outcome.evaluation.items() if (kept := _kept(value)) != []},
+            "steps": outcome.steps,
+            "phase": training.phase,
             "fingerprint": training.fingerprint,
             "config": dump(config),
             "engine": training.engine_label,
@@ -74,7 +90,7 @@ def source_of(training: Training) -> Source:
             "torch": str(torch.__version__),
         }
 
-    return Source(training.engine.state, extra, lambda: {"random": random_state(world.device)})
+    return Source(lambda: current().engine.state(), extra, lambda: {"random": random_state(world.device)})
 
 
 def resume(training: Training, folder: Path) -> Resumed | None:
@@ -85,6 +101,7 @@ def resume(training: Training, folder: Path) -> Resumed | None:
             with; nothing was changed.
         StateError: On all ranks, listing everything in the state that does not fit the model.
         CheckpointError: Where checkpoints are there and none can be read.
+        OtherPhaseError: On all ranks, where the training has to be built for another phase.
     """
     world, config = training.world, training.config
     changes: list[Change] = []
@@ -93,8 +110,11 @@ def resume(training: Training, folder: Path) -> Resumed | None:
         kept: Mapping[str, Any] = reader.extra  # type: ignore[attr-defined]
         changes[:] = _changes(kept, config)
         _refuse_changes(changes, kept, training, folder)
-        is_tuned = any(change.key.startswith("optim.") for change in changes)
-        training.engine.load(_WithHyper(reader, training.engine.state().hyper) if is_tuned else reader)
+        phase = phase_at(config.finetune, kept["steps"], kept["position"][0])
+        if phase != training.phase:
+            raise OtherPhaseError(phase)
+        is_tuned = any(change.key.startswith(("optim.", "finetune.")) for change in changes)
+        training.engine.load(fitted(reader, training, is_tuned=is_tuned))
 
     reader = load_newest(Ranks(world), folder, load)
     if reader is None:
@@ -115,6 +135,25 @@ def resume(training: Training, folder: Path) -> Resumed | None:
             word = xxhash.xxh64_intdigest(f"{config.run.seed}/{world.rank}/{reader.step}".encode())
             seed_everything(word >> 1)
         return Resumed(outcome, reader.path, list(_words(reader, changes, is_same_size)))
+
+
+def phase_of(path: Path, config: Config) -> int:
+    """The phase of the freeze plan in which a run goes on from a checkpoint."""
+    with open_checkpoint(path) as reader:
+        return phase_at(config.finetune, reader.extra["steps"], reader.extra["position"][0])
+
+
+def fitted(reader: Reader, training: Training, *, is_tuned: bool) -> Reader:
+    """A reader whose hyperparameters are those that the training is to go on with.
+
+    Args:
+        reader: A checkpoint, which has `extra`, too.
+        training: As it is built.
+        is_tuned: Whether the run file has changed them.
+    """
+    # Where a phase begins, the checkpoint has the rates of the one before, and none for what begins to train.
+    is_new_phase = reader.extra["phase"] != training.phase  # type: ignore[attr-defined]
+    return _WithHyper(reader, training.engine.state().hyper) if is_tuned or is_new_phase else reader
 
 
 def _changes(kept: Mapping[str, Any], config: Config) -> list[Change]:

@@ -17,16 +17,16 @@ from bigtrain.config.loader import Resolved, dump, from_dict, load
 from bigtrain.config.schema import Config
 from bigtrain.dist import World, join
 from bigtrain.errors import BigtrainError, OutOfMemoryError, SaveError, TrainingError, UserError
-from bigtrain.loop import Loop
+from bigtrain.phases import Phases, begin_proof
 from bigtrain.progress import Hook, Outcome, StepInfo
 from bigtrain.protocols import Dataset, Task
-from bigtrain.resuming import Resumed, resume, source_of
+from bigtrain.resuming import source_of
 from bigtrain.saving import Keeper, expected_bytes
 from bigtrain.starting import allowed_for
 from bigtrain.telling import Telling, begin_telling, finish_telling, tell_failure
 from bigtrain.tracking.making import check_trackers
 from bigtrain.tracking.reading import read_rows
-from bigtrain.trainer import Subject, Training, assemble
+from bigtrain.trainer import Subject
 from bigtrain.watching import Graph, Watching
 
 
@@ -112,20 +112,17 @@ def _train(config: Config, subject: Subject, hooks: Sequence[Hook], failing: Fai
         check_trackers(config)
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     engine, _ = engines.choose(config.engine.name, num_processes)
-    recorder = Graph(config)
+    recorder, path = Graph(config), Path(config.run.dir, config.run.name)
     with (
         torch_set_up(config),
         join(config.engine.device, needs_group=engines.needs_group(engine)) as world,
         lack_of_memory_explained(config, world, engine),
-        closing(assemble(config, world, subject, adapt=recorder.see)) as training,
+        closing(Phases(config, world, subject, runs.checkpoints_of(path), recorder.see)) as phases,
     ):
-        model, path = training.model, Path(config.run.dir, config.run.name)
-        resumed = resume(training, runs.checkpoints_of(path)) if config.checkpoint.resume == "auto" else None
-        if resumed:
-            training.go_on_from(resumed.outcome)
         folder = _begin(config, world)
         with lease.renewed(path, folder.number) if world.is_main else nullcontext():
-            outcome = _run(training, folder, resumed, hooks, failing, recorder)
+            outcome = _run(phases, folder, hooks, failing, recorder)
+        model = phases.training.model
     return Run(path, outcome, model)
 
 
@@ -148,70 +145,80 @@ def _begin(config: Config, world: World) -> runs.RunFolder:
     return begun
 
 
-def _run(
-    training: Training,
-    folder: runs.RunFolder,
-    resumed: Resumed | None,
-    hooks: Sequence[Hook],
-    failing: Failing,
-    graph: Graph,
-) -> Outcome:
+def _run(phases: Phases, folder: runs.RunFolder, hooks: Sequence[Hook], failing: Failing, graph: Graph) -> Outcome:
+    config, is_main, resumed = phases.training.config, phases.training.world.is_main, phases.resumed
     telling = Telling()
-    if training.world.is_main:
+    if is_main:
         done, words = (resumed.outcome.steps, resumed.words) if resumed else (0, [])
         telling = begin_telling(
-            training, folder, done, words, lambda: failing.loop.outcome.steps if failing.loop else done
+            phases.training, folder, done, words, lambda: failing.outcome.steps if failing.outcome else done
         )
-    graph.keep(folder.path, telling.say, is_main=training.world.is_main)
+    graph.keep(folder.path, telling.say, is_main=is_main)
     try:
-        outcome = _loop(training, folder, resumed, telling, hooks, failing)
-        if training.world.is_main:
-            examples = failing.loop.examples.found if failing.loop else []
-            finish_telling(telling, folder, outcome, training, examples)
+        outcome = _all_phases(phases, folder, telling, hooks, failing)
+        if is_main:
+            finish_telling(telling, folder, outcome, phases.training, failing.examples)
         return outcome
     except BaseException as error:
         if isinstance(error, UserError):
             error.exit_code = TrainingError.exit_code  # the run has begun: its folder is there
-        tell_failure(telling, folder, failing.loop.outcome.steps if failing.loop else 0, error, training.config)
+        tell_failure(telling, folder, failing.outcome.steps if failing.outcome else 0, error, config)
         raise
     finally:
         telling.close()
 
 
-def _loop(
-    training: Training,
-    folder: runs.RunFolder,
-    resumed: Resumed | None,
-    telling: Telling,
-    hooks: Sequence[Hook],
-    failing: Failing,
+def _all_phases(
+    phases: Phases, folder: runs.RunFolder, telling: Telling, hooks: Sequence[Hook], failing: Failing
 ) -> Outcome:
-    config, world = training.config, training.world
-    done = resumed.outcome if resumed else Outcome()
+    config, world = phases.training.config, phases.training.world
     keeper = Keeper(
         world,
         folder.checkpoints,
         config.checkpoint,
-        source_of(training),
+        source_of(lambda: phases.training),
         attempt=str(folder.number),
         still_ours=lambda: lease.owns(folder.path, folder.number),
         tell=telling.tell,
     )
-    trained = {name for group in training.plan.groups for name in group.names}
-    state = training.engine.state()
-    keeper.expect(expected_bytes(state, trained, training.plan.bytes_per_element()), done.steps if resumed else None)
-    watching = Watching(training, folder.path, telling.tell, done.steps)
-    loop = training.loop(telling.trackers, [*hooks, *watching.hooks], keeper, done)
-    failing.loop = loop
     try:
-        outcome = loop.run()
-        keeper.close()
-        return outcome
+        while True:
+            outcome = _one_phase(phases, folder, keeper, telling, hooks, failing)
+            if outcome.stopped or outcome.steps >= phases.training.cadence.total_steps:
+                keeper.close()
+                return outcome
+            phases.next()
     finally:
-        watching.close()
         if world.size == 1:  # several ranks could wait here for one that has failed
             with suppress(SaveError):
                 keeper.settle()
+
+
+def _one_phase(
+    phases: Phases,
+    folder: runs.RunFolder,
+    keeper: Keeper,
+    telling: Telling,
+    hooks: Sequence[Hook],
+    failing: Failing,
+) -> Outcome:
+    """Train until what is trainable changes, or to the end."""
+    training, resumed = phases.training, phases.resumed
+    done = resumed.outcome if resumed else Outcome()
+    trained = {name for group in training.plan.groups for name in group.names}
+    bytes_expected = expected_bytes(training.engine.state(), trained, training.plan.bytes_per_element())
+    keeper.expect(bytes_expected, done.steps if resumed else None)
+    watching = Watching(training, folder.path, telling.tell, done.steps)
+    proof = begin_proof(training, done.steps, telling.tell)
+    looking = [*watching.hooks, Hook(proof)] if proof else watching.hooks
+    loop = training.loop(telling.trackers, [*hooks, *looking], keeper, done)
+    failing.outcome = loop.outcome
+    try:
+        outcome = loop.run()
+        failing.examples = loop.examples.found
+        return outcome
+    finally:
+        watching.close()
 
 
 @contextmanager
@@ -237,7 +244,8 @@ class Failing:
     """What is known of this rank when it fails."""
 
     rank = 0
-    loop: Loop | None = None
+    examples: Sequence[Any] = ()  # what the last evaluation showed
+    outcome: Outcome | None = None  # not the loop, which would keep the model of a phase that is over
 
 
 @contextmanager
@@ -249,7 +257,7 @@ def word_of_failure() -> Iterator[Failing]:
     except BaseException as error:
         attempt = os.environ.get(runs.ATTEMPT_VARIABLE)
         if attempt:
-            runs.write_error(attempt, failing.rank, failing.loop.outcome.steps if failing.loop else None, error)
+            runs.write_error(attempt, failing.rank, failing.outcome.steps if failing.outcome else None, error)
         raise
 
 

@@ -159,6 +159,22 @@ class Keeper:
         if self._background:
             self._hear(self._background.poll)
 
+    def commit(self, outcome: Outcome) -> None:
+        """Save the state whatever the policy, if it is not saved yet, and wait until it is on the disk.
+
+        Raises:
+            SaveError: On all ranks, why it was not: the training cannot go on without it.
+        """
+        self.settle()
+        self.save(outcome)
+        self.settle()
+        if self._saved_step != outcome.steps:
+            raise DiskFullError(
+                "the disk has no room for the checkpoint from which the next phase goes on",
+                where=str(self._folder),
+                remedy="make room, and start the run again",
+            )
+
     def finish(self, outcome: Outcome) -> None:
         """Save the state at the end, if it is wanted and is not saved yet, and wait until it is on the disk.
 

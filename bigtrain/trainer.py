@@ -21,11 +21,19 @@ from bigtrain.dist import World
 from bigtrain.engines import Choices, Engine
 from bigtrain.engines.base import Zero
 from bigtrain.errors import CombinationError, DataError, ModelError
-from bigtrain.finetune.freeze import freeze_parameters
+from bigtrain.finetune.freeze import FreezePlan, begins_at, phase_at, plan_freezing
 from bigtrain.loop import Loop, moved
 from bigtrain.models.blocks import without_shared_parameters
 from bigtrain.optim import OptimizerPlan, Schedule, make_schedule, plan_optimizer
-from bigtrain.prepare import COMPUTE_DTYPES, DTYPES, Prepared, compile_forward, prepare, seed_everything
+from bigtrain.prepare import (
+    COMPUTE_DTYPES,
+    DTYPES,
+    Prepared,
+    compile_forward,
+    prepare,
+    refuse_local_batchnorm,
+    seed_everything,
+)
 from bigtrain.progress import Cadence, Hook, Outcome, Saver
 from bigtrain.protocols import Batch, Dataset, Task
 from bigtrain.tracking.base import Tracker
@@ -67,6 +75,8 @@ class Training:
     engine_reason: str
     fingerprint: str  # of the data
     sizes: list[tuple[int, bool]]  # for each parameter: its elements, and whether it is trained
+    freezing: FreezePlan
+    phase: int  # of the freeze plan: what this model and engine were built for
     class_names: list[str] | None = None  # of the labels, where the data tell
 
     @property
@@ -106,6 +116,11 @@ class Training:
         self.cadence = _cadence(self.config, self.train.steps_per_epoch, done)
         self.schedule = _schedule(self.config, self.cadence, self.train)
 
+    def unreached(self) -> int:
+        """How many phases of the freeze plan do not begin before the run ends."""
+        moments = begins_at(self.config.finetune, self.train.steps_per_epoch)
+        return sum(moment >= self.cadence.total_steps for moment in moments)
+
     def move(self, batch: Batch) -> Batch:
         """A batch on this rank's device, in the run's dtype."""
         return moved(batch, self.world.device, DTYPES[self.config.precision])
@@ -124,6 +139,7 @@ def assemble(
     subject: Subject = Subject(),
     *,
     adapt: Callable[[nn.Module], object] | None = None,
+    phase: int = 0,
 ) -> Training:
     """Build every part, in the order in which they need one another. Every rank must call it.
 
@@ -132,16 +148,18 @@ def assemble(
         world: This rank's place.
         subject: What the user brings as objects.
         adapt: Called with the plain model before anything is wrapped around it.
+        phase: The phase of the freeze plan to build for.
     """
     name, why = engines.choose(config.engine.name, world.size)
     task = build_task(config, subject)
     sets = build_data(config, subject)
     train, evaluation = _loaders(config, sets, world)
-    prepared = _prepare(config, subject, world, shards=engines.shards(name, config.engine.deepspeed.stage))
+    is_cut_up = engines.shards(name, config.engine.deepspeed.stage)
+    prepared, freezing = _prepare(config, subject, world, phase, shards=is_cut_up)
     if adapt is not None:
         adapt(prepared.model)
     _try_first_batch(config, task, prepared.model, sets, world)
-    plan = plan_optimizer(prepared.model, config.optim)
+    plan = plan_for_phase(prepared.model, config, freezing, phase)
     sizes = [(p.numel(), p.requires_grad) for p in prepared.model.parameters()]
     compiled = _compile(config, name, prepared)
     choices = _choices(config, prepared, compiled)
@@ -152,7 +170,8 @@ def assemble(
     seed_everything(config.run.seed + world.rank)
     label = f"deepspeed stage {config.engine.deepspeed.stage}" if name == "deepspeed" else name
     parts = (task, prepared.model, engine, plan, schedule, train, evaluation, cadence)
-    training = Training(config, world, *parts, label, why, sets.fingerprint, sizes, _class_names(sets))
+    facts = (label, why, sets.fingerprint, sizes, freezing, phase, _class_names(sets))
+    training = Training(config, world, *parts, *facts)
     if config.compile.scope != "none":
         _try_compiled(training, compiled)
     return training
@@ -188,16 +207,37 @@ def build_data(config: Config, subject: Subject = Subject()) -> data_layer.DataS
 
 def prepare_whole(config: Config, subject: Subject = Subject()) -> nn.Module:
     """The plain model with its initial values, frozen where it should be: whole, on the host."""
-    return _prepare(config, subject, World(), shards=False).model
+    return _prepare(config, subject, World(), 0, shards=False)[0].model
 
 
-def _prepare(config: Config, subject: Subject, world: World, *, shards: bool) -> Prepared:
+def plan_for_phase(model: nn.Module, config: Config, freezing: FreezePlan, phase: int) -> OptimizerPlan:
+    """The optimizer of one phase of the freeze plan, for a plain model that is frozen accordingly."""
+    return plan_optimizer(model, config.optim, lr_scales=freezing.lr_scales(phase), begins=freezing.begins())
+
+
+def _prepare(
+    config: Config, subject: Subject, world: World, phase: int, *, shards: bool
+) -> tuple[Prepared, FreezePlan]:
     given = subject.model
+    if isinstance(given, nn.Module) and config.finetune.unfreeze:
+        raise ModelError(
+            f"model= is a {type(given).__name__}, and the model is built anew for each phase of finetune.unfreeze",
+            remedy="give a function that makes it",
+        )
+    plans: list[FreezePlan] = []
+
+    def freeze(model: nn.Module) -> None:
+        plans.append(plan_freezing(model, config.finetune))
+        for later in range(plans[0].num_phases - 1, phase, -1):  # what cannot be is refused now, not when it begins
+            plans[0].apply(model, later)
+            refuse_local_batchnorm(model, world.size)
+        plans[0].apply(model, phase)
+
     make = partial(models.build, config.model.name, config.model.args) if given is None else partial(_given, given)
-    return prepare(
+    prepared = prepare(
         make,
         fillable=given is None and models.is_fillable(config.model.name),
-        freeze=lambda model: freeze_parameters(model, config.finetune.freeze),
+        freeze=freeze,
         seed=config.run.seed,
         device=world.device,
         dtype=DTYPES[config.precision],
@@ -205,6 +245,7 @@ def _prepare(config: Config, subject: Subject, world: World, *, shards: bool) ->
         shards=shards,
         recompute=_recompute(config),
     )
+    return prepared, plans[0]
 
 
 def _recompute(config: Config) -> str | int:
@@ -351,4 +392,5 @@ def _cadence(config: Config, steps_per_epoch: int, done: Outcome | None = None) 
         log_every=config.track.log_every,
         eval_every_steps=config.eval.every_steps,
         eval_every_epochs=config.eval.every_epochs,
+        phase_at=partial(phase_at, config.finetune) if config.finetune.unfreeze else None,
     )

@@ -269,16 +269,25 @@ class Optim(Section):
 
 
 class Unfreeze(Section):
-    """Frozen parameters that begin to train at an epoch."""
+    """Parameters that begin to train, or go on at another rate, at an epoch or step."""
 
-    at_epoch: PositiveInt
-    """The epoch, counted from 0, at whose start these parameters begin to train."""
+    at_epoch: PositiveInt | None = None
+    """The epoch, counted from 0, at whose start these parameters begin to train; or give at_step."""
+
+    at_step: PositiveInt | None = None
+    """After how many optimizer steps these parameters begin to train; or give at_epoch."""
 
     match: Annotated[Patterns, Field(min_length=1)]
     """Patterns of parameter names, as in a shell: layer4.*, or a list of them."""
 
     lr_scale: PositiveFloat = 1.0
-    """A factor on the learning rate of these parameters."""
+    """A factor on the learning rate of these parameters, from then on."""
+
+    @model_validator(mode="after")
+    def _says_when(self) -> Unfreeze:
+        if (self.at_epoch is None) == (self.at_step is None):
+            raise refuse("does not say when", "give exactly one of at_epoch and at_step")
+        return self
 
 
 class Finetune(Section):
@@ -290,8 +299,23 @@ class Finetune(Section):
     freeze: Patterns = ()
     """Patterns of the parameters that do not train; one that matches nothing is an error."""
 
-    unfreeze: Annotated[ListOf[Unfreeze], Available(())] = ()
-    """When frozen parameters begin to train: a list of {at_epoch, match, lr_scale}."""
+    freeze_depth: PositiveInt | None = None
+    """How many of the model's repeated blocks do not train, the first of them and all that comes before them."""
 
-    layer_decay: Annotated[Share | None, Available(None)] = None
+    freeze_batchnorm: bool = False
+    """Keep every BatchNorm frozen, its statistics too, even where what is around it begins to train."""
+
+    unfreeze: ListOf[Unfreeze] = ()
+    """When frozen parameters begin to train: a list of {at_epoch or at_step, match, lr_scale}, in order of time."""
+
+    layer_decay: Share | None = None
     """A factor on the learning rate for each block further from the output; null: one rate for all."""
+
+    @field_validator("unfreeze")
+    @classmethod
+    def _is_in_order(cls, value: tuple[Unfreeze, ...]) -> tuple[Unfreeze, ...]:
+        for unit in ("at_epoch", "at_step"):
+            moments = [getattr(entry, unit) for entry in value]
+            if None not in moments and moments == sorted(moments):
+                return value
+        raise refuse("is not in order of time", "give all entries at_epoch, or all at_step, the earliest first")

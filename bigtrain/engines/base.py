@@ -293,6 +293,7 @@ class TorchEngine:
             reader.read_into(piece.kind, piece.name, piece.box, piece.data)
         for name in self._trained:
             slots.load(self._optimizer, self._updated[name], name, self._weights[name].box, reader, fused=self._fused)
+        slots.zero_momentum(self._optimizer)
         slots.set_hyper(self._optimizer, reader.hyper)
 
     def close(self) -> None:

@@ -233,6 +233,7 @@ class ZeroEngine:
         slots.check(reader, masters | buffers, self._trained)
         self._read_weights(reader)
         self._load_slots(reader)
+        slots.zero_momentum(self._optimizer)
         slots.set_hyper(self._optimizer, reader.hyper)
         self._write_through()
 

@@ -95,7 +95,7 @@ def load(optimizer: torch.optim.Optimizer, tensor: Tensor, name: str, box: Box, 
 
 
 def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Give SGD its momentum buffers before the first step.
+    """Give SGD the momentum buffers that it lacks: before the first step, or where a state brought none.
 
     The fused kernel leaves a new buffer uninitialised when the very first step is skipped. Zeros give the same first
     step, as long as nothing is dampened (`OptimizerPlan.fusable` sees to that).
@@ -105,7 +105,8 @@ def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         if group["momentum"] and not group["dampening"]:
             for parameter in group["params"]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+                if "momentum_buffer" not in optimizer.state[parameter]:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
 
 
 def check(reader: Reader, wanted: Mapping[tuple[str, str], TensorSpec], trained: Collection[str]) -> None:

@@ -52,11 +52,12 @@ class Slices:
 
     def __init__(self, zero: Any, weights: Mapping[str, nn.Parameter]) -> None:
         self._zero = zero
-        self.by_name = {name: self._slice(p) for name, p in weights.items()}
+        group_of = {n: position for position, group in enumerate(zero.optimizer.param_groups) for n in group["names"]}
+        self.by_name = {name: self._slice(p, group_of[name]) for name, p in weights.items()}
 
-    def _slice(self, p: Any) -> Slice:
+    def _slice(self, p: Any, group: int) -> Slice:
         if not p.numel() or p._hp_mapping is None:  # DeepSpeed leaves out what is empty; or all of it is elsewhere
-            return Slice(0, 0, self._flats()[0], 0)
+            return Slice(0, 0, self._flats()[group], 0)  # its group's: a step counter is the whole group's
         model, master = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
         return Slice(model.start, master.numel, self._flats()[p._hp_mapping.param_group_index], master.start)
 

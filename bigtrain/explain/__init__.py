@@ -119,8 +119,9 @@ def explain(config: Config, *, world_size: int = 1, gpu_memory: int | None = Non
         UserError: Where the run file names something that cannot be: a model, data, an optimizer, a pattern.
     """
     name, why = engines.choose(config.engine.name, world_size)
-    model = build_on_meta(config)
-    plan = plan_optimizer(model, config.optim)
+    model, freezing = build_on_meta(config)
+    last = freezing.num_phases - 1
+    plan = plan_optimizer(model, config.optim, lr_scales=freezing.lr_scales(last), begins=freezing.begins())
     parts = take_apart(model, plan, config.precision)
     slots, notes = _optimizer_slots(plan, parts, config)
     num_samples, about_data = _count_samples(config)

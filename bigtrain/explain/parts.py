@@ -16,7 +16,7 @@ from bigtrain import models
 from bigtrain.config.schema import Config
 from bigtrain.engines.fsdp import stays_whole
 from bigtrain.errors import ModelError
-from bigtrain.finetune.freeze import freeze_parameters
+from bigtrain.finetune.freeze import FreezePlan, plan_freezing
 from bigtrain.models.blocks import find_blocks, without_shared_parameters
 from bigtrain.optim import Group, OptimizerPlan
 
@@ -99,23 +99,25 @@ class Parts:
         return sum(p.numel for p in self.parameters if p.group is not None)
 
 
-def build_on_meta(config: Config) -> nn.Module:
-    """The plain model in the dtype it is kept in, frozen where it should be; on the meta device if it can be built so.
+def build_on_meta(config: Config) -> tuple[nn.Module, FreezePlan]:
+    """The plain model in the dtype it is kept in, and its freeze plan; on the meta device if it can be built so.
 
-    A factory that reads values while it builds cannot: it is built on the host instead.
+    It is frozen as in the last phase, in which most of it trains and it needs the most memory. A factory that reads
+    values while it builds cannot be built on the meta device: it is built on the host instead.
 
     Raises:
         ModelError: Where it cannot be built at all.
-        PatternError: Where a pattern of `finetune.freeze` matches nothing.
+        PatternError: Where a pattern of `finetune` matches nothing.
     """
     try:
         with torch.device("meta"):
             model = models.build(config.model.name, config.model.args)
     except ModelError:
         model = models.build(config.model.name, config.model.args)
-    freeze_parameters(model, config.finetune.freeze)
+    freezing = plan_freezing(model, config.finetune)
+    freezing.apply(model, freezing.num_phases - 1)
     model.to(dtype=_KEPT_IN[config.precision])
-    return model.train()
+    return model.train(), freezing
 
 
 def take_apart(model: nn.Module, plan: OptimizerPlan, precision: str) -> Parts:

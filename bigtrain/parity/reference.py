@@ -23,6 +23,7 @@ from bigtrain.config.schema import Config
 from bigtrain.data.order import shuffled
 from bigtrain.data.reading import Reader
 from bigtrain.data.split import Part
+from bigtrain.models.blocks import find_blocks
 from bigtrain.protocols import Batch, Dataset, Task
 
 # Two runs that differ in rounding alone disagree by more than this share on a gradient that is rounding alone.
@@ -166,6 +167,7 @@ def _cast(value: object, dtype: torch.dtype) -> object:
 def _optimizer(config: Config, model: nn.Module, named: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
     """One group a parameter: rates and decay by the words of the run file."""
     optim = config.optim
+    decays = _layer_decays(config, model)
     normed = {
         id(p)
         for module in model.modules()
@@ -176,12 +178,12 @@ def _optimizer(config: Config, model: nn.Module, named: Sequence[tuple[str, nn.P
     for name, p in named:
         is_left_alone = p.ndim < 2 or name.endswith("bias") or id(p) in normed
         decay = 0.0 if is_left_alone and not optim.decay_norms_and_biases else optim.weight_decay
-        group = {"params": [p], "lr": optim.lr, "weight_decay": decay}
+        group: dict[str, Any] = {"params": [p], "lr": optim.lr, "weight_decay": decay}
         for wanted in optim.groups:
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted.match):
                 group["lr"] = group["lr"] if wanted.lr is None else wanted.lr
                 group["weight_decay"] = group["weight_decay"] if wanted.weight_decay is None else wanted.weight_decay
-        groups.append(group)
+        groups.append({**group, "lr": group["lr"] * decays.get(name, 1.0)})
     own: dict[str, Any] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     module, _, attribute = optim.name.partition(":")
     cls = own.get(optim.name) or getattr(importlib.import_module(module), attribute)
@@ -189,6 +191,21 @@ def _optimizer(config: Config, model: nn.Module, named: Sequence[tuple[str, nn.P
     plainest = {"foreach": False} if optim.name in own else {}
     made: torch.optim.Optimizer = cls(groups, lr=optim.lr, **{**plainest, **optim.args})
     return made
+
+
+def _layer_decays(config: Config, model: nn.Module) -> dict[str, float]:
+    """The factor on each parameter's rate: one power of `layer_decay` for each block above it, and one for the rest."""
+    if config.finetune.layer_decay is None:
+        return {}
+    blocks = [name + "." for name, _ in find_blocks(model)]
+    names = [name for name, _ in model.named_parameters()]
+    places = [[i for i, name in enumerate(names) if name.startswith(block)] for block in blocks]
+    last = max(places[-1])
+    return {
+        name: config.finetune.layer_decay ** (1 + sum(min(place) > i for place in places))
+        for i, name in enumerate(names)
+        if i <= last
+    }
 
 
 def _rate_factor(config: Config, step: int, total_steps: int, steps_per_epoch: int) -> float:

@@ -34,7 +34,7 @@ def event(row: Mapping[str, Any]) -> str | None:
     """What happened in a line; None where the line was said already, or is none to say."""
     if row["event"] == "checkpoint" and "bytes" in row:
         return f"step {row['step']}: checkpoint, {size(row['bytes'])} in {row['seconds']:.1f} s"
-    if row["event"] in ("phase", "warning") and "text" in row:
+    if row["event"] in ("phase", "phase proved", "warning") and "text" in row:
         return f"step {row['step']}: {row['event']}: {row['text']}"
     return None
 

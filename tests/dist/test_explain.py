@@ -15,7 +15,7 @@ from bigtrain.dist import World, join
 from bigtrain.engines import Choices, slots
 from bigtrain.engines.base import Zero
 from bigtrain.explain import Footprint, explain
-from bigtrain.finetune.freeze import freeze_parameters
+from bigtrain.finetune.freeze import plan_freezing
 from bigtrain.models.blocks import find_blocks
 from bigtrain.optim import plan_optimizer
 from bigtrain.protocols import LossSum
@@ -70,7 +70,7 @@ def build(config: Config, label: str, world: World) -> tuple[engines.Engine, nn.
     name, _, setting = label.partition(" ")
     value = int(setting.partition("=")[2] or 0)
     model = models.build(config.model.name, config.model.args).to(DTYPES[config.precision])
-    freeze_parameters(model, config.finetune.freeze)
+    plan_freezing(model, config.finetune).apply(model, 0)
     choices = Choices(
         shard_size=value if name == "fsdp" and value else None,
         compute_dtype=torch.bfloat16 if config.precision == "bf16" else None,

@@ -49,12 +49,13 @@ FLOORS = {
     "bigtrain.resuming": 8,
     "bigtrain.telling": 8,
     "bigtrain.watching": 8,
-    "bigtrain.running": 9,
-    "bigtrain.rehearsal": 10,
-    "bigtrain.replaying": 10,
-    "bigtrain.cli": 11,
-    "bigtrain": 12,  # its own names, which others may not import
-    "bigtrain.__main__": 12,
+    "bigtrain.phases": 9,
+    "bigtrain.running": 10,
+    "bigtrain.rehearsal": 11,
+    "bigtrain.replaying": 11,
+    "bigtrain.cli": 12,
+    "bigtrain": 13,  # its own names, which others may not import
+    "bigtrain.__main__": 13,
 }
 
 OPEN_TO_LAUNCHERS = ("bigtrain.config", "bigtrain.errors", "bigtrain.lease", "bigtrain.metrics", "bigtrain.runs")

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigtrain import models
+from bigtrain.config import schema
 from bigtrain.errors import CombinationError, PatternError
-from bigtrain.finetune.freeze import freeze_parameters
+from bigtrain.finetune.freeze import plan_freezing
 from bigtrain.models.blocks import find_blocks
 from bigtrain.prepare import checkpoint_activations, fill_pieces, prepare
 from bigtrain.state import BUFFER, WEIGHT, Box, EngineState, Piece, assemble, whole
@@ -47,7 +48,7 @@ def make_ready(make, *, fillable=False, freeze=(), seed=0, dtype=torch.float32, 
     return prepare(
         make,
         fillable=fillable,
-        freeze=lambda model: freeze_parameters(model, freeze),
+        freeze=lambda model: plan_freezing(model, schema.Finetune(freeze=freeze)).apply(model, 0),
         seed=seed,
         device=CPU,
         dtype=dtype,

@@ -255,8 +255,6 @@ def test_an_override_that_is_not_yaml_is_shown_whole():
 
 NOT_BUILT = {
     "finetune.init_from": "weights.pt",
-    "finetune.unfreeze": "[{at_epoch: 1, match: a}]",
-    "finetune.layer_decay": 0.5,
     "checkpoint.weights": "trainable",
     "health.hang_timeout_s": 600,
     "health.startup_timeout_s": 1800,

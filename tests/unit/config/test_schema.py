@@ -28,8 +28,8 @@ optim.schedule.gamma optim.schedule.decay optim.schedule.min_factor
 engine.name engine.device engine.fsdp.shard_size engine.fsdp.reshard_after_forward engine.fsdp.cpu_offload
 engine.deepspeed.stage engine.deepspeed.offload_optimizer engine.deepspeed.offload_params engine.deepspeed.extra
 precision compile activation_checkpointing.every
-finetune.init_from finetune.freeze finetune.unfreeze[].at_epoch finetune.unfreeze[].match
-finetune.unfreeze[].lr_scale finetune.layer_decay
+finetune.init_from finetune.freeze finetune.freeze_depth finetune.freeze_batchnorm finetune.unfreeze[].at_epoch
+finetune.unfreeze[].at_step finetune.unfreeze[].match finetune.unfreeze[].lr_scale finetune.layer_decay
 checkpoint.every_steps checkpoint.every_minutes checkpoint.at_end checkpoint.keep checkpoint.keep_every
 checkpoint.background checkpoint.resume checkpoint.weights checkpoint.on_full
 eval.every_epochs eval.every_steps eval.max_batches
@@ -149,7 +149,7 @@ def test_what_a_key_takes_reads_well():
     assert takes["compile"] == "none | blocks | model | {scope, fullgraph}"
     assert takes["launch.target"] == "local | slurm (so far: local)"
     assert takes["data.eval"] == "none | {split} | name | {name, args}"
-    assert takes["finetune.layer_decay"] == "number > 0, < 1 | null (so far: null)"
+    assert takes["finetune.layer_decay"] == "number > 0, < 1 | null"
     assert kind_of(bool) == "true | false"
 
 
