@@ -20,6 +20,7 @@ from bigtrain.config.schema import Config
 from bigtrain.dist import World
 from bigtrain.errors import CheckpointError
 from bigtrain.finetune.proof import Phase, PhaseProof
+from bigtrain.pretrained import LoadReport, start_from
 from bigtrain.resuming import OtherPhaseError, Resumed, phase_of, resume
 from bigtrain.trainer import Subject, Training, assemble
 
@@ -37,7 +38,10 @@ class Phases:
     Attributes:
         training: As it is built now.
         resumed: Where it goes on from; None at the beginning of a run.
+        started: What became of the pretrained weights that it began with; None where there were none.
     """
+
+    started: LoadReport | None = None
 
     def __init__(
         self, config: Config, world: World, subject: Subject, folder: Path, adapt: Callable[[nn.Module], object]
@@ -51,6 +55,14 @@ class Phases:
         """Build the next phase, which begins where the newest checkpoint ends."""
         self._forget()
         self._build(resumes=True)
+
+    @property
+    def words(self) -> list[str]:
+        """What there is to say of where the run begins or goes on."""
+        unreached = self.training.unreached()
+        never = [f"{unreached} of finetune.unfreeze never begin: the run ends before"] if unreached else []
+        begun = self.started.lines() if self.started else []
+        return [*(self.resumed.words if self.resumed else begun), *never]
 
     def close(self) -> None:
         """Let go of the training."""
@@ -78,6 +90,16 @@ class Phases:
                 raise
         if self.resumed:
             self.training.go_on_from(self.resumed.outcome)
+        elif self._config.finetune.init_from:
+            self._start()
+
+    def _start(self) -> None:
+        """Begin from pretrained weights: at the very beginning alone, so that a start again needs no other run file."""
+        try:
+            self.started = start_from(self.training)
+        except BaseException:
+            self.close()
+            raise
 
     def _forget(self) -> None:
         self.close()

@@ -21,6 +21,7 @@ from bigtrain.config.schema import Config
 from bigtrain.dist import join
 from bigtrain.errors import NonFiniteError, StateError
 from bigtrain.loop import evaluate, train_step
+from bigtrain.pretrained import start_from
 from bigtrain.running import lack_of_memory_explained, torch_set_up
 from bigtrain.trainer import Subject, Training, assemble
 
@@ -73,6 +74,9 @@ def rehearse(config: Config, folder: Path, said: Callable[[str], None], subject:
 
         began = time.perf_counter()
         training = assemble(config, world, subject or Subject())
+        started = start_from(training)
+        for line in started.lines() if started else ():
+            tell(line)
         tell(f"built: {training.engine_choice}, {world.size} process{'es' if world.size > 1 else ''}, {_since(began)}")
         times, losses = zip(*itertools.islice(_steps(training), _STEPS), strict=True)
         tell(f"{_STEPS} steps: losses {', '.join(f'{loss:.4f}' for loss in losses)}; {times[-1]:.3g} s a step")

@@ -19,6 +19,7 @@ from bigtrain.checkpoint.folders import step_of
 from bigtrain.dist import join
 from bigtrain.errors import RunFolderError
 from bigtrain.loop import Loop
+from bigtrain.pretrained import start_from
 from bigtrain.progress import Cadence, Hook, Outcome, StepInfo
 from bigtrain.resuming import fitted, phase_of, set_random_state
 from bigtrain.running import lack_of_memory_explained, torch_set_up
@@ -88,6 +89,7 @@ def _load(training: Training, path: Path | None, tell: Say) -> Outcome:
     """Put the training where a checkpoint has it."""
     if path is None:
         tell("there is no checkpoint before that step: from the beginning")
+        start_from(training)
         return Outcome()
     with open_checkpoint(path) as reader:
         kept = reader.extra

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -21,6 +22,7 @@ from bigtrain.phases import Phases, begin_proof
 from bigtrain.progress import Hook, Outcome, StepInfo
 from bigtrain.protocols import Dataset, Task
 from bigtrain.resuming import source_of
+from bigtrain.runs import write_atomically
 from bigtrain.saving import Keeper, expected_bytes
 from bigtrain.starting import allowed_for
 from bigtrain.telling import Telling, begin_telling, finish_telling, tell_failure
@@ -149,10 +151,12 @@ def _run(phases: Phases, folder: runs.RunFolder, hooks: Sequence[Hook], failing:
     config, is_main, resumed = phases.training.config, phases.training.world.is_main, phases.resumed
     telling = Telling()
     if is_main:
-        done, words = (resumed.outcome.steps, resumed.words) if resumed else (0, [])
+        done = resumed.outcome.steps if resumed else 0
         telling = begin_telling(
-            phases.training, folder, done, words, lambda: failing.outcome.steps if failing.outcome else done
+            phases.training, folder, done, phases.words, lambda: failing.outcome.steps if failing.outcome else done
         )
+        if phases.started:
+            write_atomically(folder.path / "init_report.json", json.dumps(phases.started.as_dict(), indent=1) + "\n")
     graph.keep(folder.path, telling.say, is_main=is_main)
     try:
         outcome = _all_phases(phases, folder, telling, hooks, failing)

@@ -23,7 +23,6 @@ from pydantic import (
 )
 
 from bigtrain.config.fields import (
-    Available,
     Factor,
     ListOf,
     Name,
@@ -293,8 +292,20 @@ class Unfreeze(Section):
 class Finetune(Section):
     """What the weights start from, and which of them train."""
 
-    init_from: Annotated[str | None, Available(None)] = None
-    """What the weights start from: a checkpoint, a run, a .safetensors or .pt file, a Hugging Face folder."""
+    init_from: str | None = None
+    """A checkpoint, a run, a .safetensors or .pt file, a Hugging Face folder, torchvision/<weights> to start from."""
+
+    min_coverage: Factor | None = None
+    """The share of the model's bytes that init_from must cover; null: all but what is declared new."""
+
+    remap: dict[str, str] = Field(default_factory=dict)
+    """Names in init_from's file that are others here: {theirs.*: ours.*}."""
+
+    resize: Patterns = ()
+    """Patterns of parameters of which init_from's file has more or less: the part that both have is taken."""
+
+    new: Patterns = ()
+    """Patterns of parameters that begin with initial values whatever init_from has."""
 
     freeze: Patterns = ()
     """Patterns of the parameters that do not train; one that matches nothing is an error."""
@@ -310,6 +321,14 @@ class Finetune(Section):
 
     layer_decay: Share | None = None
     """A factor on the learning rate for each block further from the output; null: one rate for all."""
+
+    @field_validator("remap")
+    @classmethod
+    def _has_one_star(cls, value: dict[str, str]) -> dict[str, str]:
+        for theirs, ours in value.items():
+            if theirs.count("*") > 1 or ours.count("*") > theirs.count("*"):
+                raise refuse("has a pair that means nothing", "give pairs with one star each, or none: {a.*: b.*}")
+        return value
 
     @field_validator("unfreeze")
     @classmethod

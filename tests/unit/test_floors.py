@@ -46,6 +46,7 @@ FLOORS = {
     "launchers": 7,
     "bigtrain.explain": 8,
     "bigtrain.parity": 8,
+    "bigtrain.pretrained": 8,
     "bigtrain.resuming": 8,
     "bigtrain.telling": 8,
     "bigtrain.watching": 8,

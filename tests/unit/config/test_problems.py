@@ -254,7 +254,6 @@ def test_an_override_that_is_not_yaml_is_shown_whole():
 # --------------------------------------------------------------------------------------------- not available yet
 
 NOT_BUILT = {
-    "finetune.init_from": "weights.pt",
     "checkpoint.weights": "trainable",
     "health.hang_timeout_s": 600,
     "health.startup_timeout_s": 1800,

@@ -1,0 +1,156 @@
+"""Weights of a file into the pieces that an engine holds: each rank reads its own part, under every engine.
+
+The engine loads as it would from a checkpoint, from a reader that has the file's tensors under the model's names. What
+the file does not cover is left as it is: those pieces hold their initial values.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from bigtrain.checkpoint import Ranks
+from bigtrain.doors import ForeignReader, open_weights
+from bigtrain.doors.names import gpt_args, is_llama
+from bigtrain.errors import BigtrainError, CheckpointError, ReadError, StateError
+from bigtrain.models.gpt import GPT
+from bigtrain.pretrained.finding import find_weights
+from bigtrain.pretrained.matching import Key, LoadReport, match
+from bigtrain.state import BUFFER, WEIGHT, Box, EngineState, TensorSpec
+from bigtrain.trainer import Training
+
+T = TypeVar("T")
+
+_IN_NO_SHAPE = ("heads", "kv_heads", "norm_eps", "rope_theta")
+
+_CHUNK = 32 << 20  # bytes read at once: what is needed beside the pieces themselves
+
+
+def start_from(training: Training) -> LoadReport | None:
+    """Read the weights that the run file says to start from; None where it says none. Every rank must call it.
+
+    Raises:
+        BigtrainError: On all ranks, where they cannot be found or read, or do not fit the model; the training is of
+            no use then.
+    """
+    config = training.config
+    if config.finetune.init_from is None:
+        return None
+    ranks = Ranks(training.world)
+    _told(ranks, lambda: find_weights(config, may_download=training.world.local_rank == 0))
+    reader: ForeignReader = _told(ranks, lambda: open_weights(find_weights(config, may_download=False)))
+    try:
+        _refuse_other_arithmetic(reader, training)
+        state = training.engine.state()
+        specs = _specs(training, state)
+        sources, report = match(specs, reader.index, config.finetune, config.finetune.init_from)
+        renamed = _Renamed(reader, sources, specs, state.hyper)
+        training.engine.load(renamed)
+        ranks.raise_first(renamed.failure)
+    finally:
+        reader.close()
+    return report
+
+
+def _refuse_other_arithmetic(reader: ForeignReader, training: Training) -> None:
+    """Refuse weights that would fit by their shapes alone, in a model that computes something else with them.
+
+    Raises:
+        StateError: Naming the arguments.
+    """
+    theirs = getattr(reader, "config", {})
+    if training.config.model.name != "gpt" or not is_llama(theirs):
+        return
+    wanted = gpt_args(theirs, str(reader.path))
+    parameters = inspect.signature(GPT).parameters
+    ours = {name: training.config.model.args.get(name, p.default) for name, p in parameters.items()}
+    ours["kv_heads"] = ours["kv_heads"] or ours["heads"]
+    wrong = {name for name in _IN_NO_SHAPE if name in wanted and wanted[name] != ours[name]}
+    if wrong:
+        raise StateError(
+            f"{reader.path} is for another gpt: "
+            + ", ".join(f"{name} is {wanted[name]} there and {ours[name]} here" for name in sorted(wrong)),
+            where="model.args",
+            remedy="set model.args to what is there",
+        )
+
+
+def _told(ranks: Ranks, action: Callable[[], T]) -> T:
+    """Do something that may fail on this rank alone; every rank raises what the first that failed has raised."""
+    result: T | None = None
+    failure: BigtrainError | None = None
+    try:
+        result = action()
+    except BigtrainError as error:
+        failure = error
+    for other in ranks.gather(failure):
+        if other is not None:
+            raise failure or other
+    return result  # type: ignore[return-value]  # no failure: it is there
+
+
+def _specs(training: Training, state: EngineState) -> dict[Key, TensorSpec]:
+    """Every weight and buffer of the model, whole, in the model's own order: a rank may hold no part of some."""
+    mine = {piece.key: TensorSpec(piece.shape, piece.dtype) for piece in state.pieces if piece.kind in (WEIGHT, BUFFER)}
+    of_ranks: dict[Key, TensorSpec] = {}
+    for theirs in training.world.all_gather_object(mine):
+        of_ranks |= theirs
+    named = [(WEIGHT, name) for name, _ in training.model.named_parameters()]
+    named += [(BUFFER, name) for name, _ in training.model.named_buffers()]
+    return {key: of_ranks[key] for key in dict.fromkeys(named) if key in of_ranks}
+
+
+class _Renamed:
+    """The file's tensors under the model's names. It never fails while ranks load: the first failure is kept."""
+
+    def __init__(
+        self,
+        reader: ForeignReader,
+        sources: Mapping[Key, Key],
+        specs: Mapping[Key, TensorSpec],
+        hyper: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        self._reader, self._sources = reader, sources
+        self.failure: CheckpointError | None = None
+        self.hyper, self.index = hyper, specs
+
+    def read_into(self, kind: str, name: str, box: Box, out: Tensor) -> None:
+        source = self._sources.get((kind, name))
+        if source is None or self.failure is not None:
+            return
+        shape = self._reader.index[source].shape
+        try:
+            for part, view in _chunks(_common(box, shape), box, out):
+                self._reader.read_into(*source, part, view)
+        except CheckpointError as error:
+            self.failure = error
+        except (OSError, RuntimeError) as error:
+            self.failure = ReadError(f"{name} cannot be read: {error}", where=str(self._reader.path))
+
+
+def _common(box: Box, shape: tuple[int, ...]) -> Box:
+    """The part of a box that a tensor of this shape has."""
+    size = tuple(max(0, min(o + n, total) - o) for o, n, total in zip(box.offset, box.size, shape, strict=True))
+    return Box(box.offset, size)
+
+
+def _chunks(part: Box, box: Box, out: Tensor) -> Iterator[tuple[Box, Tensor]]:
+    """A part of a box in pieces of some rows, each with the place in `out` (the whole box) that it goes to."""
+    if not math.prod(part.size):
+        return
+    if not part.size:
+        yield part, out
+        return
+    place = out[tuple(slice(0, n) for n in part.size)]
+    row = math.prod(part.size[1:]) * out.element_size()
+    step = max(1, _CHUNK // max(1, row))
+    for start in range(0, part.size[0], step):
+        rows = min(step, part.size[0] - start)
+        yield (
+            Box((part.offset[0] + start, *part.offset[1:]), (rows, *part.size[1:])),
+            place[start : start + rows],
+        )

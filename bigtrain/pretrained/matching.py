@@ -1,0 +1,223 @@
+"""Which tensor of a file goes into which of the model: by name, as declared, never by guessing.
+
+What is not covered and not declared new stops the run. One thing is seen without being declared, and said: an output
+layer of another number of classes begins anew.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from bigtrain.config import schema
+from bigtrain.errors import PatternError, StateError
+from bigtrain.named import nearest
+from bigtrain.patterns import match_names
+from bigtrain.state import BUFFER, WEIGHT, TensorSpec
+
+Key = tuple[str, str]
+_KINDS = (WEIGHT, BUFFER)
+_MOST_NAMED = 8
+
+
+@dataclass
+class LoadReport:
+    """What became of every tensor.
+
+    Attributes:
+        source: Where the weights come from.
+        loaded: Tensors of the model that took the tensor of their own name.
+        remapped: Those that took one of another name, and its name.
+        resized: Those that took the part that both have, and the file's shape.
+        new: Those that begin with initial values.
+        head: The output layer among the new ones whose number of classes has changed, and the file's.
+        ignored: Tensors of the file that the model has no use for.
+        bytes_covered: Bytes of the model's tensors that came from the file.
+        bytes_in_all: Bytes of all of them.
+    """
+
+    source: str
+    loaded: list[str] = field(default_factory=list)
+    remapped: dict[str, str] = field(default_factory=dict)
+    resized: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    new: list[str] = field(default_factory=list)
+    head: tuple[str, int] | None = None
+    ignored: list[str] = field(default_factory=list)
+    bytes_covered: int = 0
+    bytes_in_all: int = 0
+
+    @property
+    def coverage(self) -> float:
+        """The share of bytes that came from the file."""
+        return self.bytes_covered / max(1, self.bytes_in_all)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "coverage": self.coverage}
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        counts = f"{len(self.loaded)} tensors loaded, {len(self.remapped)} remapped, {len(self.resized)} resized"
+        rest = f"{len(self.new)} new, {len(self.ignored)} of the file ignored"
+        lines = [f"weights from {self.source}: {counts}, {rest}; {self.coverage:.1%} of the bytes"]
+        if self.head:
+            lines.append(f"the output layer {self.head[0]} begins anew: the file's has {self.head[1]} outputs")
+        if self.new:
+            lines.append(f"begins with initial values: {shown(self.new)}")
+        if self.ignored:
+            lines.append(f"ignored: {shown(self.ignored)}")
+        return lines
+
+
+def match(
+    ours: Mapping[Key, TensorSpec], theirs: Mapping[Key, TensorSpec], config: schema.Finetune, source: str
+) -> tuple[dict[Key, Key], LoadReport]:
+    """Match the model's tensors with a file's.
+
+    Args:
+        ours: The model's weights and persistent buffers.
+        theirs: What the file has.
+        config: What the run file declares.
+        source: Where the file comes from, for the report.
+
+    Returns:
+        For each tensor of the model that is to be read, the file's; and the report.
+
+    Raises:
+        PatternError: Where a pattern of `remap`, `resize` or `new` matches nothing.
+        StateError: Where the model needs what the file has not, or has in another shape; or too little is covered.
+    """
+    names = [name for _, name in ours]
+    new = set(match_names(config.new, names, where="finetune.new"))
+    resizable = set(match_names(config.resize, names, where="finetune.resize"))
+    renamed = _rename(theirs, config.remap)
+    report = LoadReport(source)
+    sources: dict[Key, Key] = {}
+    problems: list[str] = []
+    head = _changed_head(ours, renamed, theirs, new | resizable)
+    if head:
+        report.head = head
+        new |= {name for name in names if name.startswith(head[0] + ".")}
+    for key, spec in ours.items():
+        name = key[1]
+        found = renamed.get(key) or renamed.get((WEIGHT, name))
+        if name in new:
+            report.new.append(name)
+        elif found is None:
+            problems.append(_missing(name, renamed))
+        elif theirs[found].shape == spec.shape:
+            sources[key] = found
+            if found[1] == name:
+                report.loaded.append(name)
+            else:
+                report.remapped[name] = found[1]
+        elif name in resizable and len(theirs[found].shape) == len(spec.shape):
+            sources[key] = found
+            report.resized[name] = theirs[found].shape
+        else:
+            problems.append(f"{name} is {theirs[found].shape} in the file and {spec.shape} in the model")
+    used = set(sources.values())
+    report.ignored = [key[1] for key in theirs if key[0] in _KINDS and key not in used]
+    _count(report, ours, theirs, sources)
+    _refuse(report, problems, config)
+    report.new += [problem.partition(" ")[0] for problem in problems]
+    return sources, report
+
+
+def _rename(theirs: Mapping[Key, TensorSpec], remap: Mapping[str, str]) -> dict[Key, Key]:
+    """The file's tensors by the name that they are to have here."""
+    renamed: dict[Key, Key] = {}
+    unused = set(remap)
+    for key in theirs:
+        if key[0] not in _KINDS:
+            continue
+        name = key[1]
+        pattern = next((pattern for pattern in remap if fnmatch.fnmatchcase(name, pattern)), None)
+        if pattern is not None:
+            unused.discard(pattern)
+            name = _replaced(name, pattern, remap[pattern])
+        if (key[0], name) in renamed:
+            raise PatternError(
+                f"two tensors of the file would be {name}: {renamed[key[0], name][1]} and {key[1]}",
+                where="finetune.remap",
+            )
+        renamed[key[0], name] = key
+    if unused:
+        pattern = min(unused)
+        near = nearest(pattern, [name for _, name in theirs]) or [name for _, name in theirs][:3]
+        raise PatternError(
+            f"the pattern {pattern!r} matches no tensor of the file",
+            where="finetune.remap",
+            remedy=f"names that look alike: {', '.join(near)}",
+        )
+    return renamed
+
+
+def _replaced(name: str, pattern: str, wanted: str) -> str:
+    """A name under `wanted`, whose star stands for what the pattern's star matched."""
+    before, _, after = pattern.partition("*")
+    return wanted.replace("*", name[len(before) : len(name) - len(after)], 1) if "*" in pattern else wanted
+
+
+def _changed_head(
+    ours: Mapping[Key, TensorSpec], renamed: Mapping[Key, Key], theirs: Mapping[Key, TensorSpec], declared: set[str]
+) -> tuple[str, int] | None:
+    """The last layer, where all that does not fit is its number of outputs; and how many the file's has."""
+    weights = [name for kind, name in ours if kind == WEIGHT]
+    layer = weights[-1].rpartition(".")[0] if weights else ""
+    changed: dict[str, int] = {}
+    for key, spec in ours.items():
+        found = renamed.get(key) or renamed.get((WEIGHT, key[1]))
+        if found is None or key[1] in declared or theirs[found].shape == spec.shape:
+            continue
+        has = theirs[found].shape
+        if not (spec.shape and has and has[1:] == spec.shape[1:] and key[1].rpartition(".")[0] == layer):
+            return None
+        changed[key[1]] = has[0]
+    return (layer, next(iter(changed.values()))) if changed and layer else None
+
+
+def _missing(name: str, renamed: Mapping[Key, Key]) -> str:
+    near = nearest(name, [theirs for _, theirs in renamed], limit=1)
+    return f"{name} is not in the file" + (f", which has {near[0]}" if near else "")
+
+
+def _count(
+    report: LoadReport,
+    ours: Mapping[Key, TensorSpec],
+    theirs: Mapping[Key, TensorSpec],
+    sources: Mapping[Key, Key],
+) -> None:
+    for key, spec in ours.items():
+        size = spec.dtype.itemsize
+        report.bytes_in_all += math.prod(spec.shape) * size
+        if key in sources:
+            both = zip(spec.shape, theirs[sources[key]].shape, strict=True)
+            report.bytes_covered += math.prod(min(pair) for pair in both) * size
+
+
+def _refuse(report: LoadReport, problems: Sequence[str], config: schema.Finetune) -> None:
+    """Stop where too little is covered."""
+    enough = config.min_coverage is not None and report.coverage >= config.min_coverage
+    if not problems or enough:
+        return
+    least = "all that is not declared new" if config.min_coverage is None else f"{config.min_coverage:.1%}"
+    rest = f"\n  … {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
+    raise StateError(
+        f"{report.source} covers {report.coverage:.1%} of the model, and {least} is asked for:\n  "
+        + "\n  ".join(problems[:_MOST_NAMED])
+        + rest,
+        where="finetune.init_from",
+        remedy="say what begins anew (finetune.new), what has another name in the file (finetune.remap: {theirs.*: "
+        "ours.*}),\nof what a part is taken (finetune.resize), or how much is enough (finetune.min_coverage).\n"
+        + (f"Of the file's own nothing was used: {shown(report.ignored)}" if report.ignored else ""),
+    )
+
+
+def shown(names: Sequence[str]) -> str:
+    """Some of many names."""
+    more = f" … ({len(names)} in all)" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
