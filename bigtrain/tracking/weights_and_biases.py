@@ -20,7 +20,6 @@ from bigtrain.tracking import wandb_files
 from bigtrain.tracking.base import TrackedRun, flat, kind_of
 from bigtrain.tracking.reading import read_events, read_rows
 
-_SECONDS_TO_INIT, _SECONDS_TO_FINISH = 12.0, 10.0
 _ID_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 # Every row of training has the first, every evaluation the second too: their last values say what has been sent.
 STEP, EVAL_STEP = "train/step", "eval/step"
@@ -72,6 +71,7 @@ class WeightsAndBiases:
         group: W&B's group.
         tags: Tags, beside those for the engine, the number of processes and the precision.
         upload_checkpoints: Whether checkpoints are uploaded; otherwise W&B is told where they lie.
+        patience_s: How long its server may take to begin a run, and to end one.
     """
 
     def __init__(
@@ -84,7 +84,9 @@ class WeightsAndBiases:
         group: str | None = None,
         tags: tuple[str, ...] | list[str] = (),
         upload_checkpoints: bool = False,
+        patience_s: float = 12.0,
     ) -> None:
+        self._patience_s = patience_s
         self._about, self._say, self._uploads = run, say, upload_checkpoints
         self._folder = Path(run.path)
         self._named = {
@@ -135,8 +137,8 @@ class WeightsAndBiases:
             settings=wandb.Settings(
                 silent=True,
                 console="off",
-                init_timeout=_SECONDS_TO_INIT,
-                finish_timeout=_SECONDS_TO_FINISH,
+                init_timeout=self._patience_s,
+                finish_timeout=self._patience_s,
                 finish_timeout_raises=True,
                 program=about.command,
                 # wandb shows the processor and memory of the process that trains, not of this one.

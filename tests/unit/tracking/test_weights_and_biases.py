@@ -192,7 +192,7 @@ def test_a_server_that_refuses_is_said_once_and_files_are_kept(tmp_path: Path, l
 @pytest.mark.parametrize("mood", ["hang", "drop"])
 def test_a_server_that_says_nothing_holds_nobody_up(tmp_path: Path, logged_in: WandbServer, mood: str) -> None:
     logged_in.mood = mood
-    said = train(tmp_path / "it", range(1, 12))
+    said = train(tmp_path / "it", range(1, 12), patience_s=3)
     assert said[0].startswith("warning: W&B cannot be reached")
     assert len(said) == 2
     logged_in.mood = "ok"
@@ -206,7 +206,7 @@ def test_a_server_that_goes_away_in_the_middle_is_said_at_the_end(tmp_path: Path
     folder.mkdir()
     run = TrackedRun(str(folder), "it", CONFIG, "fsdp", 2, 0, os.getpid(), "")
     file = MetricsFile(folder / "metrics.jsonl")
-    outside = Outside([Spec("W&B", FACTORY, {})], run, folder / "log", said.append)
+    outside = Outside([Spec("W&B", FACTORY, {"patience_s": 6})], run, folder / "log", said.append)
     longest = 0.0
     for step in range(1, 301):
         began = time.perf_counter()
@@ -233,7 +233,7 @@ def test_a_run_that_was_deleted_there_is_made_anew(tmp_path: Path, logged_in: Wa
     old = (folder / "wandb_id").read_text().strip()
     del logged_in.runs[old]
     logged_in.deleted.add(old)
-    said = train(folder, range(11, 21))
+    said = train(folder, range(11, 21), patience_s=5)
     fresh = (folder / "wandb_id").read_text().strip()
     assert fresh != old
     assert f"W&B: the run {old} was deleted there; it is made anew as {fresh}" in said
