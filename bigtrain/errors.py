@@ -16,6 +16,7 @@
         ├── StateError               a state does not fit the model or optimizer
         ├── FreezeError              what is frozen moved, or what trains did not
         ├── RankError                a rank of a launched run failed
+        ├── DivergedError            ranks hold different copies of the same weights
         └── CheckpointError          a checkpoint cannot be written, found or read
             ├── SaveError            it was not written, and nothing was committed
             │   ├── DiskFullError    the disk has no room for it
@@ -164,6 +165,10 @@ class RankError(TrainingError):
     """A rank of a launched run failed."""
 
 
+class DivergedError(TrainingError):
+    """Ranks hold different copies of what must be the same on all of them: a machine has computed wrongly."""
+
+
 class CheckpointError(TrainingError):
     """A checkpoint cannot be written, found or read."""
 
@@ -190,3 +195,7 @@ class CorruptError(CheckpointError):
 
 class NoGoodError(CheckpointError):
     """There are checkpoints, and none that can be loaded: every bad file is listed."""
+
+
+PASSING = (RankError, DivergedError, ReadError)
+"""Errors after which another start, from the last good checkpoint, may go well."""

@@ -14,12 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigtrain.beats import DATA, EVALUATING, SAVING, TRAINING
 from bigtrain.dist import World
 from bigtrain.engines.base import Engine
 from bigtrain.engines.sums import StepResult
-from bigtrain.errors import NonFiniteError
-from bigtrain.health.agreement import Agreement, check_buffers, stop_on_signals
+from bigtrain.errors import DivergedError, NonFiniteError
+from bigtrain.health.agreement import Agreement, check_buffers
 from bigtrain.health.nonfinite import NonFiniteWatch, explain
+from bigtrain.health.pulse import Pulse
+from bigtrain.health.replicas import Replicas
+from bigtrain.health.signals import stop_on_signals
 from bigtrain.optim import Schedule
 from bigtrain.progress import Cadence, Examples, Hook, Outcome, Saver, SavesNothing, StepInfo, TrainBatch
 from bigtrain.protocols import Batch, LossSum, Task
@@ -88,6 +92,9 @@ class Loop:
         move: Puts a batch on the device.
         saver: Keeps the state on disk; None keeps nothing.
         done: How far the run has come already.
+        pulse: Told of everything that is done.
+        replicas: Compares the copies that ranks hold; None compares nothing.
+        forward_waits: Whether ranks wait for one another in a forward pass.
     """
 
     def __init__(
@@ -106,8 +113,14 @@ class Loop:
         move: Callable[[Batch], Batch],
         saver: Saver | None = None,
         done: Outcome | None = None,
+        pulse: Pulse | None = None,
+        replicas: Replicas | None = None,
+        forward_waits: bool = False,
     ) -> None:
         self._engine, self._task, self._world = engine, task, world
+        self._pulse = pulse or Pulse()
+        self._watched = self._pulse.watched(task, is_own=not forward_waits)
+        self._replicas = replicas or Replicas(world, engine.state, None)
         self._steps, self._eval_batches, self._move = steps, eval_batches, move
         self._schedule, self._base_lrs, self._cadence = schedule, base_lrs, cadence
         self._trackers, self._hooks = trackers, hooks
@@ -126,6 +139,7 @@ class Loop:
 
         Raises:
             NonFiniteError: On every rank in the same step.
+            DivergedError: On every rank in the same step.
             CombinationError: After the first step, where the model's buffers differ between ranks.
         """
         first = self.outcome.steps + 1
@@ -136,14 +150,17 @@ class Loop:
                     if self.outcome.steps == first and self._world.size > 1:
                         check_buffers(self._world, self._engine.state().pieces)
                 self._raise_if(self._watch.last())
+                self._note(SAVING)
+                self._replicas.compare(self.outcome.steps)
                 if self._ends_phase() and not self._is_done():
                     # What ranks have wished for since the last step would be lost with this loop.
                     wishes = [self._agreement.decide(), self._agreement.decide()]
                     self.outcome.stopped |= any(agreed.stop for agreed in wishes)
+                    self.outcome.again |= any(agreed.again for agreed in wishes)
                     self._saver.commit(self.outcome)
                 else:
                     self._saver.finish(self.outcome)
-        except NonFiniteError:  # on every rank in the same step: what is being written is good
+        except (NonFiniteError, DivergedError):  # on every rank in the same step: what is being written is good
             self._saver.settle()
             raise
         self._agreement.close()  # not after an error: that would wait for the others
@@ -162,9 +179,11 @@ class Loop:
         began = time.perf_counter()
         data = next(self._steps)
         waited = time.perf_counter() - began
+        self._pulse.spent(waited)
+        self._note(TRAINING)
         microbatches = [self._move(batch) for batch in data.microbatches]
         lr_scale = self._schedule(self.outcome.steps)
-        result = train_step(self._engine, self._task, microbatches, lr_scale)
+        result = train_step(self._engine, self._watched, microbatches, lr_scale)
         self._raise_if(self._watch.observe(self.outcome.steps, result.skipped, microbatches))
         self.outcome.steps += 1
         self.outcome.samples += data.num_samples
@@ -172,6 +191,17 @@ class Loop:
         self._meter.step(data.num_samples, waited)
         self._after(result, data, lr_scale)
         self._agree()
+        self._pulse.stepped(self.outcome.steps)
+        self._pulse.phase = DATA
+
+    def ask_to_stop(self) -> None:
+        """Ask all ranks to save and leave at the next step boundary; any thread may."""
+        self._agreement.wish_to_stop()
+
+    def _note(self, phase: str) -> None:
+        """Note what this rank does now; until its first step is done, it is starting."""
+        if self._pulse.step:
+            self._pulse.phase = phase
 
     def _agree(self) -> None:
         """What all ranks do at this step boundary."""
@@ -179,14 +209,18 @@ class Loop:
             self._agreement.wish_to_save()
         agreed = self._agreement.decide()
         self._saver.poll()
+        if self._replicas.is_due(self.outcome.steps):
+            self._replicas.compare(self.outcome.steps)
         if (agreed.save or self._saver.is_due(self.outcome.steps)) and not agreed.stop:
             self._raise_if(self._watch.last())  # no checkpoint of a step that must not have been
             self.outcome.num_skipped = self._watch.num_skipped
+            self._note(SAVING)
+            self._replicas.compare(self.outcome.steps)
             began = time.perf_counter()
             self._saver.save(self.outcome)
             self._meter.saved(time.perf_counter() - began)
         self.outcome.num_skipped = self._watch.num_skipped
-        self.outcome.stopped = agreed.stop
+        self.outcome.stopped, self.outcome.again = agreed.stop, agreed.again
 
     def _after(self, result: StepResult, data: TrainBatch, lr_scale: float) -> None:
         step, cadence = self.outcome.steps, self._cadence
@@ -234,10 +268,11 @@ class Loop:
     def _evaluate(self, step: int, epoch: int) -> dict[str, Any]:
         assert self._eval_batches is not None
         began = time.perf_counter()
+        self._note(EVALUATING)
         batches = (self._move(batch) for batch in self._eval_batches())
         self.examples = Examples(self._task)
         look = self.examples.look if self._world.is_main and step == self._cadence.total_steps else None
-        numbers = evaluate(self._engine, self._task, batches, self._world, look)
+        numbers = evaluate(self._engine, self._watched, batches, self._world, look)
         self._meter.pause(time.perf_counter() - began)  # throughput is that of training
         scalars, now = _scalars(numbers), round(time.time(), 3)
         for tracker in self._trackers:

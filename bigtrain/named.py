@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import os
 import sys
 import sysconfig
 import traceback
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.errors import BigtrainError, UserError
+
+# The folder that stands for the current one where code is looked for: a copy that was made when a job was submitted.
+CODE_VARIABLE = "BIGTRAIN_CODE"
 
 _INSTALLED = tuple({sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")})
 
@@ -60,7 +64,8 @@ def load(spec: str, *, error: type[UserError], where: str) -> Any:
 
 def _import(name: str, error: type[UserError], where: str) -> Any:
     # As `python -m` does. It stays: worker processes and late imports in the user's module need it too.
-    if (here := str(Path.cwd())) not in sys.path and "" not in sys.path:
+    here = os.environ.get(CODE_VARIABLE) or str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
     try:
         return importlib.import_module(name)
@@ -157,3 +162,8 @@ def place_of(error: BaseException) -> str:
     own = [frame for frame in frames if not frame.filename.startswith((*not_theirs, "<"))]
     last = (own or frames)[-1]
     return f"{last.filename}:{last.lineno}"
+
+
+def is_installed(file: str) -> bool:
+    """Whether a module's file belongs to an installed package or to Python itself."""
+    return file.startswith(_INSTALLED)

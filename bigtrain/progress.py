@@ -131,6 +131,7 @@ class Outcome:
         samples: Samples seen.
         evaluation: The last evaluation.
         stopped: Whether it was asked to stop before its end.
+        again: Whether it is to be started again then.
         num_skipped: Steps whose numbers were not finite.
         position: Where the next step begins in the data: the epoch, and how many of its samples have been consumed.
     """
@@ -139,6 +140,7 @@ class Outcome:
     samples: int = 0
     evaluation: dict[str, Any] = field(default_factory=dict, repr=False)
     stopped: bool = False
+    again: bool = False
     num_skipped: int = 0
     position: tuple[int, int] = (0, 0)
 

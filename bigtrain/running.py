@@ -13,11 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from bigtrain import engines, lease, runs
+from bigtrain import engines, failures, lease, runs
+from bigtrain.beats import FINISHING
+from bigtrain.checkpoint.files import Files
 from bigtrain.config.loader import Resolved, dump, from_dict, load
 from bigtrain.config.schema import Config
 from bigtrain.dist import World, join
 from bigtrain.errors import BigtrainError, OutOfMemoryError, SaveError, TrainingError, UserError
+from bigtrain.health.pulse import Pulse, stop_wished, told
+from bigtrain.health.sameness import check_same
+from bigtrain.health.signals import ignore_from_now_on
 from bigtrain.phases import Phases, begin_proof
 from bigtrain.progress import Hook, Outcome, StepInfo
 from bigtrain.protocols import Dataset, Task
@@ -114,18 +119,27 @@ def _train(config: Config, subject: Subject, hooks: Sequence[Hook], failing: Fai
         check_trackers(config)
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     engine, _ = engines.choose(config.engine.name, num_processes)
-    recorder, path = Graph(config), Path(config.run.dir, config.run.name)
+    recorder, path, pulse = Graph(config), Path(config.run.dir, config.run.name), Pulse()
     with (
         torch_set_up(config),
-        join(config.engine.device, needs_group=engines.needs_group(engine)) as world,
+        join(config.engine.device, needs_group=engines.needs_group(engine), timeout_s=group_timeout_s(config)) as world,
+        told(pulse, world),
         lack_of_memory_explained(config, world, engine),
         closing(Phases(config, world, subject, runs.checkpoints_of(path), recorder.see)) as phases,
     ):
+        check_same(world, dump(config), phases.training.fingerprint)
         folder = _begin(config, world)
         with lease.renewed(path, folder.number) if world.is_main else nullcontext():
-            outcome = _run(phases, folder, hooks, failing, recorder)
+            outcome = _run(phases, folder, hooks, failing, recorder, pulse)
+        world.all_reduce(torch.zeros(1))  # a launcher ends the others some time after the first has ended
         model = phases.training.model
     return Run(path, outcome, model)
+
+
+def group_timeout_s(config: Config) -> float:
+    """How long a collective may wait: the launcher, which can tell who is missing, is to speak first."""
+    limits = (config.health.hang_timeout_s, config.health.startup_timeout_s)
+    return max((limit for limit in limits if limit is not None), default=1800.0) + 60.0
 
 
 def _begin(config: Config, world: World) -> runs.RunFolder:
@@ -147,7 +161,9 @@ def _begin(config: Config, world: World) -> runs.RunFolder:
     return begun
 
 
-def _run(phases: Phases, folder: runs.RunFolder, hooks: Sequence[Hook], failing: Failing, graph: Graph) -> Outcome:
+def _run(
+    phases: Phases, folder: runs.RunFolder, hooks: Sequence[Hook], failing: Failing, graph: Graph, pulse: Pulse
+) -> Outcome:
     config, is_main, resumed = phases.training.config, phases.training.world.is_main, phases.resumed
     telling = Telling()
     if is_main:
@@ -159,7 +175,9 @@ def _run(phases: Phases, folder: runs.RunFolder, hooks: Sequence[Hook], failing:
             write_atomically(folder.path / "init_report.json", json.dumps(phases.started.as_dict(), indent=1) + "\n")
     graph.keep(folder.path, telling.say, is_main=is_main)
     try:
-        outcome = _all_phases(phases, folder, telling, hooks, failing)
+        outcome = _all_phases(phases, folder, telling, hooks, failing, pulse)
+        ignore_from_now_on()
+        pulse.phase = FINISHING
         if is_main:
             finish_telling(telling, folder, outcome, phases.training, failing.examples)
         return outcome
@@ -173,7 +191,7 @@ def _run(phases: Phases, folder: runs.RunFolder, hooks: Sequence[Hook], failing:
 
 
 def _all_phases(
-    phases: Phases, folder: runs.RunFolder, telling: Telling, hooks: Sequence[Hook], failing: Failing
+    phases: Phases, folder: runs.RunFolder, telling: Telling, hooks: Sequence[Hook], failing: Failing, pulse: Pulse
 ) -> Outcome:
     config, world = phases.training.config, phases.training.world
     keeper = Keeper(
@@ -184,10 +202,11 @@ def _all_phases(
         attempt=str(folder.number),
         still_ours=lambda: lease.owns(folder.path, folder.number),
         tell=telling.tell,
+        files=Files(before=lambda operation, path: pulse.beat()),
     )
     try:
         while True:
-            outcome = _one_phase(phases, folder, keeper, telling, hooks, failing)
+            outcome = _one_phase(phases, folder, keeper, telling, hooks, failing, pulse)
             if outcome.stopped or outcome.steps >= phases.training.cadence.total_steps:
                 keeper.close()
                 return outcome
@@ -205,6 +224,7 @@ def _one_phase(
     telling: Telling,
     hooks: Sequence[Hook],
     failing: Failing,
+    pulse: Pulse,
 ) -> Outcome:
     """Train until what is trainable changes, or to the end."""
     training, resumed = phases.training, phases.resumed
@@ -215,10 +235,11 @@ def _one_phase(
     watching = Watching(training, folder.path, telling.tell, done.steps)
     proof = begin_proof(training, done.steps, telling.tell)
     looking = [*watching.hooks, Hook(proof)] if proof else watching.hooks
-    loop = training.loop(telling.trackers, [*hooks, *looking], keeper, done)
+    loop = training.loop(telling.trackers, [*hooks, *looking], keeper, done, pulse)
     failing.outcome = loop.outcome
     try:
-        outcome = loop.run()
+        with stop_wished(folder, loop.ask_to_stop) if training.world.is_main else nullcontext():
+            outcome = loop.run()
         failing.examples = loop.examples.found
         return outcome
     finally:
@@ -261,7 +282,7 @@ def word_of_failure() -> Iterator[Failing]:
     except BaseException as error:
         attempt = os.environ.get(runs.ATTEMPT_VARIABLE)
         if attempt:
-            runs.write_error(attempt, failing.rank, failing.outcome.steps if failing.outcome else None, error)
+            failures.write_error(attempt, failing.rank, failing.outcome.steps if failing.outcome else None, error)
         raise
 
 

@@ -2,6 +2,7 @@
 
     <dir>/<name>/
       config.yaml                the resolved run file of the newest start; with it the run has begun
+      stop                       the number of the start that is to save and leave
       lease                      which start owns the run, and whether it lives (lease.py)
       attempts/<n>/logs/         what each rank printed in that start, where a launcher started them
       attempts/<n>/errors/       one JSON file for each rank that failed
@@ -20,16 +21,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
-import traceback
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bigtrain import lease
-from bigtrain.errors import BigtrainError, RunFolderError
+from bigtrain.errors import RunFolderError
 from bigtrain.metrics import to_json
 
 ATTEMPT_VARIABLE = "BIGTRAIN_ATTEMPT_DIR"
@@ -37,7 +36,7 @@ ATTEMPT_VARIABLE = "BIGTRAIN_ATTEMPT_DIR"
 OWNER_VARIABLE = "BIGTRAIN_OWNER"
 
 CONFIG = "config.yaml"
-_RESULT, _METRICS, _ATTEMPTS = "result.json", "metrics.jsonl", "attempts"
+_RESULT, _METRICS, _ATTEMPTS, _STOP = "result.json", "metrics.jsonl", "attempts", "stop"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +119,13 @@ class RunFolder:
     def logs(self) -> Path:
         """What each rank of this attempt printed, where a launcher started them."""
         return self.attempt / "logs"
+
+    def is_to_stop(self) -> bool:
+        """Whether somebody wishes this start of the run to save and leave."""
+        try:
+            return (self.path / _STOP).read_text().strip() == self.attempt.name
+        except OSError:
+            return False
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Mark the run as finished, with what it came to: plain numbers, text, lists and mappings."""
@@ -206,6 +212,26 @@ def checkpoints_of(path: Path) -> Path:
     return path / "checkpoints"
 
 
+def wish_to_stop(path: Path, attempt: int) -> None:
+    """Leave word that a start of a run is to save and leave; later starts are not meant."""
+    write_atomically(path / _STOP, f"{attempt}\n")
+
+
+def take(attempt: Path) -> bool:
+    """Start in an attempt that was made when the run was submitted; False where it has been used, or is not the newest.
+
+    Raises:
+        RunFolderError: Where another start of the run is alive.
+    """
+    path = attempt.parent.parent
+    if not attempt.is_dir() or (attempt / "start.json").exists() or attempts(path)[-1].name != attempt.name:
+        return False
+    _check_not_live(path)
+    (attempt / "logs").mkdir(exist_ok=True)
+    lease.take(path, int(attempt.name), os.environ.get(OWNER_VARIABLE))
+    return True
+
+
 def give_back(attempt: Path) -> None:
     """Let the next start have the run, as this one has ended."""
     lease.drop(attempt.parent.parent, int(attempt.name))
@@ -266,80 +292,19 @@ def _cannot(verb: str, path: Path, error: OSError) -> RunFolderError:
 
 def _summary(path: Path) -> str:
     """The first few numbers of a result."""
-    result = _read_json(path / _RESULT)
+    result = read_json(path / _RESULT)
     held = {"steps": result.get("steps"), **result.get("metrics", {})}
     numbers = [f"{key} {value:.6g}" for key, value in held.items() if isinstance(value, int | float)]
     return ", ".join(numbers[:6]) or "its result holds no numbers"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a file; empty where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-@dataclass(frozen=True, slots=True)
-class RankFailure:
-    """How one rank failed.
-
-    Attributes:
-        rank: Which one.
-        step: The number of steps it had taken; None before the first.
-        type: The exception's class.
-        message: What it said.
-        where: The place it named, if any.
-        remedy: What it said can be done, if anything.
-        exit_code: What the rank exits with.
-        traceback: The traceback, formatted.
-        time: When, in seconds since 1970; the first to fail is most often the cause of the others.
-    """
-
-    rank: int
-    step: int | None
-    type: str
-    message: str
-    where: str | None
-    remedy: str | None
-    exit_code: int
-    traceback: str
-    time: float
-
-
-def write_error(attempt: str | Path, rank: int, step: int | None, error: BaseException) -> Path | None:
-    """Leave word of why a rank failed, for the launcher; the first word of a rank stays.
-
-    Returns:
-        The file, or None where it cannot be written: the error itself must reach the user all the same.
-    """
-    ours = error if isinstance(error, BigtrainError) else None
-    failure = RankFailure(
-        rank=rank,
-        step=step,
-        type=type(error).__name__,
-        message=ours.problem if ours else str(error),
-        where=ours.where if ours else None,
-        remedy=ours.remedy if ours else None,
-        exit_code=ours.exit_code if ours else 1,
-        traceback="".join(traceback.format_exception(error)),
-        time=time.time(),
-    )
-    path = Path(attempt, "errors", f"rank-{rank:05d}.json")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        if not path.exists():
-            write_atomically(path, json.dumps(asdict(failure), indent=2) + "\n")
-    except OSError:
-        return None
-    return path
-
-
-def read_errors(attempt: str | Path) -> list[RankFailure]:
-    """How ranks failed in an attempt, the first one first."""
-    files = sorted(Path(attempt, "errors").glob("rank-*.json"))
-    failures = [RankFailure(**failure) for file in files if (failure := _read_json(file))]
-    return sorted(failures, key=lambda failure: failure.time)
 
 
 def write_atomically(path: Path, text: str) -> None:

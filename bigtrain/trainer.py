@@ -22,6 +22,8 @@ from bigtrain.engines import Choices, Engine
 from bigtrain.engines.base import Zero
 from bigtrain.errors import CombinationError, DataError, ModelError
 from bigtrain.finetune.freeze import FreezePlan, begins_at, phase_at, plan_freezing
+from bigtrain.health.pulse import Pulse
+from bigtrain.health.replicas import Replicas
 from bigtrain.loop import Loop, moved
 from bigtrain.models.blocks import without_shared_parameters
 from bigtrain.optim import OptimizerPlan, Schedule, make_schedule, plan_optimizer
@@ -90,6 +92,7 @@ class Training:
         hooks: Sequence[Hook] = (),
         saver: Saver | None = None,
         done: Outcome | None = None,
+        pulse: Pulse | None = None,
     ) -> Loop:
         """The loop over all of it, from its first step, or from where it is done already."""
         evaluation = self.evaluation
@@ -109,6 +112,9 @@ class Training:
             move=self.move,
             saver=saver,
             done=done,
+            pulse=pulse,
+            replicas=Replicas(self.world, self.engine.state, self.config.health.compare_every),
+            forward_waits=engines.shards(self.engine.name, self.config.engine.deepspeed.stage),
         )
 
     def go_on_from(self, done: Outcome) -> None:

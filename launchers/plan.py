@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bigtrain.config.schema import Config
+from bigtrain.config.schema import Config, Engine
 from bigtrain.errors import CombinationError
 
 _GPU_DEVICE = re.compile(r"nvidia\d+")
@@ -20,19 +20,34 @@ _GPU_DEVICE = re.compile(r"nvidia\d+")
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """One start of a run on this machine.
+    """How a run is started.
 
     Attributes:
-        nproc: How many processes.
+        nproc: How many processes on each machine.
         program: The program of a rank, and its arguments, as Python's -m takes them.
         environment: What is added to the environment of every rank.
         debug: Show tracebacks of errors that are the user's.
+        nodes: On how many machines.
+        hang_timeout_s: How long a rank may make no progress; None: for ever.
+        startup_timeout_s: How long everything up to the first step may take; None: for ever.
+        max_restarts: How often it is started again in a row without a new checkpoint.
+        leaves_result: Whether the run folder says of a run that has come to its end that it did.
     """
 
     nproc: int
     program: tuple[str, ...]
     environment: Mapping[str, str]
     debug: bool = False
+    nodes: int = 1
+    hang_timeout_s: float | None = None
+    startup_timeout_s: float | None = None
+    max_restarts: int = 0
+    leaves_result: bool = True
+
+    @property
+    def num_processes(self) -> int:
+        """How many processes there are in all."""
+        return self.nodes * self.nproc
 
 
 def make_plan(
@@ -41,32 +56,56 @@ def make_plan(
     overrides: Sequence[str],
     *,
     nproc: int | None = None,
+    nodes: int | None = None,
     debug: bool = False,
     command: str = "train",
+    threads: int | None = None,
 ) -> LaunchPlan:
-    """Decide how a run is started on this machine.
+    """Decide how a run is started.
 
     Args:
         config: The resolved run file.
         run_file: Where it is.
         overrides: What the command line changes in it.
-        nproc: How many processes, instead of `launch.nproc`.
+        nproc: How many processes on each node, instead of `launch.nproc`.
+        nodes: On how many nodes, instead of `launch.nodes`.
         debug: Show tracebacks of errors that are the user's.
         command: What each rank runs: train, or try.
+        threads: Cores of each process; None: its share of this machine's.
 
     Raises:
-        CombinationError: Where the engine runs in one process only and more are asked for.
+        CombinationError: Where the engine runs in one process only and more are asked for, or this machine is to be
+            several.
     """
-    count = nproc or (config.launch.nproc if isinstance(config.launch.nproc, int) else count_gpus(config) or 1)
-    if config.engine.name == "single" and count > 1:
+    num_nodes = nodes or config.launch.nodes
+    if config.launch.target == "local" and num_nodes > 1:
         raise CombinationError(
-            f"the engine single runs in one process, and {count} are to be started",
+            f"launch.target=local is this machine, and {num_nodes} nodes are asked for",
+            where="launch.nodes",
+            remedy="set launch.target=slurm, or launch.nodes=1",
+        )
+    count = nproc or (config.launch.nproc if isinstance(config.launch.nproc, int) else count_gpus(config) or 1)
+    if config.engine.name == "single" and count * num_nodes > 1:
+        raise CombinationError(
+            f"the engine single runs in one process, and {count * num_nodes} are to be started",
             where="engine.name",
             remedy="set engine.name to ddp, fsdp or auto, or launch.nproc to 1",
         )
     program = ("bigtrain", *(("--debug",) if debug else ()), command, str(run_file), *overrides)
-    environment = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads_per_rank(config, count))}
-    return LaunchPlan(count, program, environment, debug)
+    if threads is None or isinstance(config.run.threads, int):
+        threads = threads_per_rank(config, count)
+    environment = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
+    health = config.health
+    return LaunchPlan(
+        count,
+        program,
+        environment,
+        debug,
+        nodes=num_nodes,
+        hang_timeout_s=health.hang_timeout_s,
+        startup_timeout_s=health.startup_timeout_s,
+        max_restarts=config.launch.max_restarts,
+    )
 
 
 def threads_per_rank(config: Config, nproc: int) -> int:
@@ -83,7 +122,12 @@ def count_cores() -> int:
 
 def count_gpus(config: Config) -> int:
     """NVIDIA GPUs that ranks would see, without asking torch."""
-    if config.engine.device == "cpu":
+    return count_gpus_of(config.engine)
+
+
+def count_gpus_of(engine: Engine) -> int:
+    """The same for the engine's section alone."""
+    if engine.device == "cpu":
         return 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:

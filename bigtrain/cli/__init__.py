@@ -14,13 +14,15 @@ import typer
 import bigtrain
 from bigtrain.cli import ckpt, config, data, runs
 from bigtrain.cli.convert import convert
+from bigtrain.cli.doctor import doctor
 from bigtrain.cli.explain import explain
 from bigtrain.cli.init import init
+from bigtrain.cli.launch import launch
 from bigtrain.cli.parity import parity
 from bigtrain.cli.replay import replay
 from bigtrain.cli.report import report
 from bigtrain.cli.sweep import sweep
-from bigtrain.cli.train import launch, train
+from bigtrain.cli.train import train
 from bigtrain.cli.try_run import try_run
 from bigtrain.errors import BigtrainError, ConfigError
 
@@ -36,7 +38,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(ckpt.app, name="ckpt")
 app.add_typer(runs.app, name="runs")
 app.command("try")(try_run)
-for command in (train, launch, parity, explain, report, init, sweep, convert, replay):
+for command in (train, launch, parity, explain, report, init, sweep, convert, replay, doctor):
     app.command()(command)
 
 _wants_traceback = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -10,7 +9,7 @@ import typer
 from bigtrain.cli.config import Overrides, RunFile
 
 NumProcesses = Annotated[
-    int | None, typer.Option("--nproc", min=1, help="Processes on this machine, instead of launch.nproc.")
+    int | None, typer.Option("--nproc", min=1, help="Processes on each machine, instead of launch.nproc.")
 ]
 
 
@@ -18,6 +17,7 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
     """Train in this process, or as one rank where a launcher set RANK and WORLD_SIZE."""
     import os
 
+    from bigtrain.beats import AGAIN
     from bigtrain.config.loader import load
 
     load(run_file, overrides or ())  # before torch is imported: what is wrong with the file is said at once
@@ -31,6 +31,8 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
         if not is_rank:
             raise
         leave_at_once()
+    if run.outcome.again:
+        raise typer.Exit(AGAIN)
     # A launcher knows that it asked the ranks to stop: for them that is no failure.
     if run.outcome.stopped and ATTEMPT_VARIABLE not in os.environ:
         raise typer.Exit(_STOPPED)
@@ -56,39 +58,3 @@ def leave_at_once() -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(error.exit_code if isinstance(error, BigtrainError) else 1)
-
-
-def launch(
-    context: typer.Context,
-    run_file: RunFile,
-    overrides: Overrides = None,
-    nproc: NumProcesses = None,
-) -> None:
-    """Start the run on this machine in several processes, through torchrun."""
-    from contextlib import suppress
-
-    from bigtrain import runs
-    from bigtrain.config.loader import load
-    from bigtrain.errors import UserError
-    from bigtrain.starting import allowed_for
-    from launchers.local import run
-    from launchers.plan import make_plan
-
-    changes = list(overrides or ())
-    config = load(run_file, changes).config
-    debug = bool(context.find_root().params["debug"])
-    plan = make_plan(config, Path(run_file), changes, nproc=nproc, debug=debug)
-    runs.check_free(config.run.dir, config.run.name, allowed_for(config))
-    folder = Path(config.run.dir)
-    absent = [place for place in (folder, *folder.parents) if not place.exists()]
-    attempt = runs.claim(config.run.dir, config.run.name)
-    try:
-        code = run(plan, attempt)
-    finally:
-        runs.give_back(attempt)
-    if code == UserError.exit_code:  # nothing has begun: nothing stays
-        runs.release(attempt)
-        for place in absent:
-            with suppress(OSError):  # somebody else put something there
-                place.rmdir()
-    raise typer.Exit(code)

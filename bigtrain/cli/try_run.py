@@ -49,16 +49,20 @@ def try_run(
 def _start(context: typer.Context, run_file: Path, changes: list[str], nproc: int | None) -> int:
     """Start it as `bigtrain launch` would."""
     import tempfile
+    from dataclasses import replace
 
     from bigtrain.config.loader import load
-    from launchers.local import run
+    from launchers.local import LocalStarter
     from launchers.plan import make_plan
+    from launchers.supervise import Supervisor
 
     debug = bool(context.find_root().params["debug"])
     plan = make_plan(load(run_file, changes).config, Path(run_file), changes, nproc=nproc, debug=debug, command="try")
+    plan = replace(plan, max_restarts=0, leaves_result=False)
     with tempfile.TemporaryDirectory(prefix="bigtrain-try-") as folder:
-        (Path(folder) / "logs").mkdir()
-        return run(plan, Path(folder))
+        attempt = Path(folder, "attempts", "0")
+        (attempt / "logs").mkdir(parents=True)
+        return Supervisor(plan, LocalStarter(plan), lambda: attempt).run()
 
 
 def _duration(found: Rehearsal) -> str:

@@ -198,11 +198,14 @@ class Track(Section):
 class Health(Section):
     """What is watched, and what happens when it goes wrong."""
 
-    hang_timeout_s: Annotated[PositiveFloat | None, Available(None)] = None
-    """Seconds without a step after which a rank counts as hanging; null: never."""
+    hang_timeout_s: PositiveFloat | None = 600.0
+    """Seconds without any progress after which a rank counts as hanging and the run is started again; null: never."""
 
-    startup_timeout_s: Annotated[PositiveFloat | None, Available(None)] = None
-    """Seconds that everything before the first step may take; null: as long as it likes."""
+    startup_timeout_s: PositiveFloat | None = 1800.0
+    """Seconds that everything up to the end of the first step may take, compiling included; null: for ever."""
+
+    compare_every: PositiveInt | None = 100
+    """Compare what ranks hold copies of after this many steps, and before every checkpoint; null: never."""
 
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do when a loss or a gradient norm is not finite: stop, or leave that step out."""
@@ -225,17 +228,20 @@ class Profile(Section):
 class Launch(Section):
     """How `bigtrain launch` starts the processes."""
 
-    target: Annotated[Literal["local", "slurm"], Available("local")] = "local"
+    target: Literal["local", "slurm"] = "local"
     """Where the processes are started."""
 
     nproc: Literal["auto"] | PositiveInt = "auto"
     """Processes on each node; auto takes one for each GPU, or one where there is none."""
 
-    nodes: Annotated[PositiveInt, Available(1)] = 1
+    nodes: PositiveInt = 1
     """How many nodes to start on."""
 
-    profile: Annotated[str | None, Available(None)] = None
-    """The cluster's profile: its name, or its file."""
+    profile: str | None = None
+    """The cluster's profile: a name in slurm/, or a file."""
 
-    max_restarts: Annotated[NonNegativeInt, Available(0)] = 0
-    """How often the run may be started again without having made progress."""
+    slurm: dict[str, Any] = Field(default_factory=dict)
+    """Keys of the cluster's profile to change."""
+
+    max_restarts: NonNegativeInt = 3
+    """How often in a row the run is started again after a failure without having saved a new checkpoint."""

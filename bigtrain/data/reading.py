@@ -6,6 +6,7 @@ one DataError that names the sample.
 
 from __future__ import annotations
 
+import signal
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -184,6 +185,12 @@ class _Answers(torch.utils.data.Dataset[Any]):
             return error
 
 
+def _leave_signals_to_the_rank(worker: int) -> None:
+    """A scheduler sends its signals to every process of a rank: a worker that ends of them would fail the rank."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _same(data: Any) -> Any:
     return data
 
@@ -201,6 +208,7 @@ class _Pool:
             num_workers=workers,
             collate_fn=_same,
             persistent_workers=True,
+            worker_init_fn=_leave_signals_to_the_rank,
             # Whatever Python's default is: forked workers share the memory of the dataset, others would get a copy.
             multiprocessing_context="fork",
             # Its own generator: DataLoader draws the seed of its workers from the global one otherwise.
@@ -244,4 +252,6 @@ class _Pool:
             # worker that died from a signal handler, that is from any line, this one too.
             with suppress(RuntimeError):
                 self._answers._shutdown_workers()
+            for worker in self._answers._workers:
+                worker.kill()  # it takes no notice of SIGTERM
             self._answers = None

@@ -6,11 +6,7 @@ leaves while others wait in a collective.
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -29,11 +25,16 @@ class Agreed(NamedTuple):
     Attributes:
         stop: End the run here, with its state saved.
         save: Save a checkpoint.
+        again: The run that ends here is to be started again.
     """
 
     stop: bool
     save: bool
+    again: bool = False
 
+
+# What a rank wishes, in the order in which wishes win: who is to leave for good is not started again.
+_GO_ON, _AGAIN, _LEAVE = range(3)
 
 _NOTHING = Agreed(False, False)
 
@@ -47,14 +48,14 @@ class Agreement:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._stop = False
+        self._stop = _GO_ON
         self._save = False
         self._flags = torch.zeros(2, dtype=torch.int32)
         self._work: dist.Work | None = None
 
-    def wish_to_stop(self) -> None:
-        """Ask all ranks to stop. Safe in a signal handler."""
-        self._stop = True
+    def wish_to_stop(self, *, again: bool = False) -> None:
+        """Ask all ranks to stop, for good or to be started again. Safe in a signal handler."""
+        self._stop = max(self._stop, _AGAIN if again else _LEAVE)
 
     def wish_to_save(self) -> None:
         """Ask all ranks to save a checkpoint. Safe in a signal handler."""
@@ -62,10 +63,10 @@ class Agreement:
 
     def decide(self) -> Agreed:
         """Post this rank's wishes and return what all ranks agreed on a step ago. Every rank calls it once a step."""
-        wishes = Agreed(self._stop, self._save)
+        wishes = (self._stop, self._save)
         self._save = False
         if self._world.size == 1:
-            return wishes
+            return _read(*wishes)
         agreed = self._take()
         self._flags[0], self._flags[1] = wishes
         self._work = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, group=self._world.group, async_op=True)
@@ -80,8 +81,11 @@ class Agreement:
             return _NOTHING
         self._work.wait()
         self._work = None
-        stop, save = self._flags.tolist()
-        return Agreed(bool(stop), bool(save))
+        return _read(*self._flags.tolist())
+
+
+def _read(stop: int, save: int) -> Agreed:
+    return Agreed(stop != _GO_ON, bool(save), stop == _AGAIN)
 
 
 def check_buffers(world: World, pieces: Iterable[Piece]) -> None:
@@ -112,27 +116,3 @@ def check_buffers(world: World, pieces: Iterable[Piece]) -> None:
 def _hash(tensor: Tensor) -> int:
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return xxhash.xxh3_64_intdigest(raw.numpy().data)
-
-
-@contextmanager
-def stop_on_signals(agreement: Agreement) -> Iterator[None]:
-    """Let SIGINT and SIGTERM stop the run at a step boundary; a second one ends it at once.
-
-    Signals can be handled in the main thread only: elsewhere (a notebook's thread) nothing is changed.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        agreement.wish_to_stop()
-        signal.signal(number, before[signal.Signals(number)])
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from bigtrain.config.keys import all_keys, show
+from bigtrain.failures import read_errors
 from bigtrain.report.words import count, escape, moment, num_bytes, number, seconds
-from bigtrain.runs import read_errors
 from bigtrain.tracking.reading import RunRecord
 
 _LIVE_SECONDS = 120.0  # a run that has written nothing for so long is not running

@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -131,6 +132,8 @@ def main() -> None:
     if hasattr(os, "SCHED_BATCH"):
         with suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # a scheduler sends them to every process; this one ends with its rank
     lines = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     nothing = os.open(os.devnull, os.O_RDONLY)

@@ -85,6 +85,7 @@ def run_file(folder: Path, task: Any = "classification", **changes: Any) -> Path
         },
         "train": {"steps": 6},
         "engine": {"name": "ddp"},
+        "launch": {"max_restarts": 0},
         "track": {"log_every": 1},
     }
     path = folder / "run.yaml"

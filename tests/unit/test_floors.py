@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 FLOORS = {
     "bigtrain.errors": 0,
+    "bigtrain.beats": 1,
     "bigtrain.config": 1,
     "bigtrain.convert": 1,
     "bigtrain.lease": 1,
@@ -23,6 +24,7 @@ FLOORS = {
     "bigtrain.patterns": 1,
     "bigtrain.runs": 2,
     "bigtrain.starting": 3,
+    "bigtrain.failures": 3,
     "bigtrain.dist": 2,
     "bigtrain.models": 2,
     "bigtrain.processes": 2,
@@ -44,6 +46,7 @@ FLOORS = {
     "bigtrain.doors": 6,
     "bigtrain.trainer": 7,
     "launchers": 7,
+    "bigtrain.doctor": 8,
     "bigtrain.explain": 8,
     "bigtrain.parity": 8,
     "bigtrain.pretrained": 8,
@@ -59,7 +62,10 @@ FLOORS = {
     "bigtrain.__main__": 13,
 }
 
-OPEN_TO_LAUNCHERS = ("bigtrain.config", "bigtrain.errors", "bigtrain.lease", "bigtrain.metrics", "bigtrain.runs")
+OPEN_TO_LAUNCHERS = (
+    *("bigtrain.beats", "bigtrain.config", "bigtrain.errors", "bigtrain.lease", "bigtrain.named"),
+    *("bigtrain.failures", "bigtrain.metrics", "bigtrain.runs", "bigtrain.starting"),
+)
 
 # What a module may not import although it stands above it.
 FORBIDDEN = {
@@ -73,8 +79,8 @@ FORBIDDEN = {
 }
 
 TORCH_FREE = (
-    *("bigtrain.errors", "bigtrain.config", "bigtrain.convert", "bigtrain.lease", "bigtrain.metrics"),
-    *("bigtrain.named", "bigtrain.patterns", "bigtrain.runs", "bigtrain.starting", "launchers"),
+    *("bigtrain.beats", "bigtrain.errors", "bigtrain.config", "bigtrain.convert", "bigtrain.failures", "bigtrain.lease"),
+    *("bigtrain.metrics", "bigtrain.named", "bigtrain.patterns", "bigtrain.runs", "bigtrain.starting", "launchers"),
 )
 HEAVY = ("torch", "torchvision", "torchmetrics", "numpy", "sklearn", "tokenizers")
 

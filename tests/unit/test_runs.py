@@ -14,6 +14,7 @@ import pytest
 
 from bigtrain import lease
 from bigtrain.errors import DataError, RunFolderError
+from bigtrain.failures import read_errors, write_error
 from bigtrain.metrics import from_json, to_json
 from bigtrain.runs import (
     ATTEMPT_VARIABLE,
@@ -22,10 +23,8 @@ from bigtrain.runs import (
     check_free,
     claim,
     give_back,
-    read_errors,
     release,
     write_atomically,
-    write_error,
 )
 
 

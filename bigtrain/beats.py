@@ -1,0 +1,145 @@
+"""What a rank tells the launcher that watches it: a line of JSON once in a while, over a connection of its own.
+
+Ranks find the launcher by BIGTRAIN_WATCH. This module is all that both sides know of it; it does not import torch.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import struct
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+WATCH_VARIABLE = "BIGTRAIN_WATCH"
+
+# How often a rank speaks, in seconds: what is found out by silence takes a few of these.
+INTERVAL_S = 0.5
+
+# On this signal a rank writes the stacks of its threads. Unlike others it does nothing to who is not ready for it.
+STACKS_SIGNAL = signal.SIGURG
+
+# A rank that ends with this code is to be started again: it has saved.
+AGAIN = 75
+
+_LONGEST_LINE = 4096
+_STEP = struct.Struct("<Q")
+
+STARTING, DATA, TRAINING, EVALUATING, SAVING, FINISHING = (
+    "starting",
+    "waiting for data",
+    "training",
+    "evaluating",
+    "saving",
+    "finishing",
+)
+
+
+def step_file(attempt: Path, rank: int) -> Path:
+    """Where a rank keeps how many steps it has taken: it is there still when the rank was killed without a word."""
+    return attempt / "steps" / f"rank-{rank:05d}"
+
+
+def write_step(memory: mmap.mmap, step: int) -> None:
+    """Note how many steps have been taken, in memory that is the file's."""
+    _STEP.pack_into(memory, 0, step)
+
+
+def map_step(path: Path) -> mmap.mmap:
+    """The memory of a new step file."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w+b") as file:
+        file.truncate(_STEP.size)
+        return mmap.mmap(file.fileno(), _STEP.size)
+
+
+def read_step(path: Path) -> int | None:
+    """How many steps a rank had taken; None where it never said."""
+    try:
+        return int(_STEP.unpack(path.read_bytes())[0])
+    except (OSError, struct.error):
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where the launcher listens.
+
+    Attributes:
+        host: Its name or number.
+        port: Its port.
+        token: What a rank says first, so that nobody else is listened to.
+    """
+
+    host: str
+    port: int
+    token: str
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}:{self.token}"
+
+    @classmethod
+    def of_environment(cls) -> Address | None:
+        """Where this process's launcher listens; None where nobody watches."""
+        given = os.environ.get(WATCH_VARIABLE)
+        if not given:
+            return None
+        host, port, token = given.rsplit(":", 2)
+        return cls(host, int(port), token)
+
+
+@dataclass(slots=True)
+class Beat:
+    """One message of a rank.
+
+    Attributes:
+        token: The launcher's own.
+        rank: Who speaks.
+        pid: Its process.
+        host: Its machine.
+        count: Microbatches, evaluation batches and written chunks so far: any of them is progress.
+        step: Steps taken.
+        phase: What it is doing.
+        collectives: How many collectives it has entered; -1 where that is not known.
+        own_ms: Milliseconds of a step that it spends by itself, waiting for nobody: the middle one of the last steps.
+        least_own_ms: The least of the last steps, which no chance disturbance makes longer.
+    """
+
+    token: str
+    rank: int
+    pid: int
+    host: str
+    count: int = 0
+    step: int = 0
+    phase: str = STARTING
+    collectives: int = -1
+    own_ms: float = 0.0
+    least_own_ms: float = 0.0
+
+    def line(self) -> bytes:
+        """The message as it is sent."""
+        return json.dumps(asdict(self), separators=(",", ":")).encode() + b"\n"
+
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "token": str, "rank": int, "pid": int, "host": str, "count": int, "step": int, "phase": str,
+    "collectives": int, "own_ms": (int, float), "least_own_ms": (int, float),
+}  # fmt: skip
+
+
+def read_beat(line: bytes) -> Beat | None:
+    """The message in a line; None where it is none, whoever wrote it."""
+    if len(line) > _LONGEST_LINE:
+        return None
+    try:
+        held: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(held, dict) or held.keys() != {field.name for field in fields(Beat)}:
+        return None
+    if not all(isinstance(held[name], kind) for name, kind in _TYPES.items()):
+        return None
+    return Beat(**held)

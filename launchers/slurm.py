@@ -1,0 +1,178 @@
+"""Submitting a run to SLURM, through submitit: what is submitted is the supervisor, which starts ranks with srun.
+
+What would be submitted is a pure function of plan and profile; `submit` hands exactly that to submitit.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bigtrain.errors import CombinationError, SetupError
+from bigtrain.named import CODE_VARIABLE
+from bigtrain.runs import write_atomically
+from launchers.job import Job
+from launchers.plan import LaunchPlan, interpreter
+from launchers.profiles import Profile
+from launchers.queue import JOB_NOTE
+from launchers.snapshot import Snapshot
+
+_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is asked of the scheduler.
+
+    Attributes:
+        name: The job's name.
+        plan: What the job starts.
+        profile: What is asked for.
+        folder: Where the scheduler's and submitit's files go: attempts/<n>/submit in the run folder.
+        code: The code that the job runs.
+    """
+
+    name: str
+    plan: LaunchPlan
+    profile: Profile
+    folder: Path
+    code: Snapshot = field(default_factory=Snapshot)
+
+    def parameters(self) -> dict[str, Any]:
+        """What submitit is told."""
+        profile = self.profile
+        direct = {
+            name: value
+            for name in ("partition", "account", "qos", "gpus_per_node", "cpus_per_task", "mem", "mem_per_gpu",
+                         "constraint", "exclude", "nodelist", "comment", "mail_type", "mail_user")
+            if (value := getattr(profile, name)) is not None
+        }  # fmt: skip
+        further = {"requeue": True} if profile.requeue else {"no-requeue": True}
+        if profile.reservation is not None:
+            further["reservation"] = profile.reservation  # type: ignore[assignment]
+        return {
+            "job_name": self.name,
+            "nodes": self.plan.nodes,
+            "ntasks_per_node": self.plan.nproc,
+            "time": profile.minutes,
+            "signal_delay_s": profile.signal_s,
+            "use_srun": False,  # the job is the supervisor alone, and it starts the ranks
+            "stderr_to_stdout": True,
+            "wckey": "bigtrain",
+            "array_parallelism": 1,
+            **({"exclusive": True} if profile.exclusive else {}),
+            **direct,
+            "setup": self._setup(),
+            "additional_parameters": {**further, **_raw(profile.sbatch)},
+        }
+
+    def text(self) -> str:
+        """The batch script, byte for byte as it is submitted."""
+        from submitit.slurm import slurm
+
+        count = self.profile.array if (self.profile.array or 1) > 1 else None
+        command = f"{shlex.quote(interpreter())} -u -m submitit.core._submit {shlex.quote(str(self.folder))}"
+        return slurm._make_sbatch_string(command=command, folder=self.folder, map_count=count, **self.parameters())
+
+    def words(self) -> str:
+        """The resources in a line of plain words."""
+        plan, profile = self.plan, self.profile
+        minutes = profile.minutes
+        lasts = f"{minutes / 60:.3g} h" if minutes >= 60 else f"{minutes} min"
+        units, per_node = ("GPU", profile.gpus_per_node) if profile.gpus_per_node else ("core", self._cores())
+        nodes = f"{plan.nodes} node{'s' if plan.nodes > 1 else ''}"
+        many = f" × {profile.array} allocations, one after the other" if profile.array else ""
+        total = plan.nodes * per_node * minutes / 60 * (profile.array or 1)
+        return (
+            f"{nodes} × {per_node} {units}{'s' if per_node > 1 else ''}, {plan.num_processes} "
+            f"process{'es' if plan.num_processes > 1 else ''}, {lasts}{many}, {total:.3g} {units}-hours at most"
+            + (" before it is requeued" if profile.requeue and not profile.array else "")
+        )
+
+    def _cores(self) -> int:
+        return self.plan.nproc * (self.profile.cpus_per_task or 1)
+
+    def _setup(self) -> list[str]:
+        lines = list(self.profile.setup)
+        if self.code.path:
+            path = shlex.quote(":".join(map(str, self.code.path)))
+            lines += [
+                f"export PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}",
+                "export PYTHONSAFEPATH=1  # the code that was submitted, not what lies in the current directory now",
+            ]
+        if self.code.here is not None:
+            lines.append(f"export {CODE_VARIABLE}={shlex.quote(str(self.code.here))}")
+        return lines
+
+
+def check(submission: Submission) -> None:
+    """See whether the cluster would take it, before anything is made.
+
+    Raises:
+        SetupError: Where there is no SLURM here, or it refuses.
+        CombinationError: Where a node is to run more processes than it has GPUs.
+    """
+    plan, gpus = submission.plan, submission.profile.gpus_per_node
+    if gpus is not None and plan.nproc > gpus:
+        raise CombinationError(
+            f"{plan.nproc} processes are to run on each node, which has {gpus} GPUs in the profile",
+            where="launch.nproc",
+            remedy=f"set launch.nproc={gpus}, or gpus_per_node in the profile",
+        )
+    if shutil.which("sbatch") is None:
+        raise SetupError(
+            "there is no SLURM on this machine: the command sbatch is not found",
+            where="launch.target",
+            remedy="run it on a login node of the cluster; --dry-run shows here what would be submitted",
+        )
+    done = subprocess.run(
+        ["sbatch", "--test-only"], input=submission.text(), capture_output=True, text=True, timeout=_TIMEOUT_S,
+        check=False,
+    )  # fmt: skip
+    if done.returncode:
+        said = " ".join(line.removeprefix("sbatch: error: ").strip() for line in done.stderr.splitlines() if line)
+        raise SetupError(
+            f"the cluster refuses the job: {said or done.stdout.strip()}",
+            where="launch.profile",
+            remedy="`sinfo` shows partitions, nodes and what they have; change the profile, or launch.slurm.KEY=VALUE",
+        )
+
+
+def submit(submission: Submission, job: Job) -> str:
+    """Submit the job and note its number in the run folder.
+
+    Raises:
+        SetupError: Where the scheduler refuses it.
+    """
+    import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    executor = submitit.SlurmExecutor(folder=submission.folder)
+    executor.update_parameters(**submission.parameters())
+    count = submission.profile.array or 1
+    try:
+        first = executor.submit_array([job] * count)[0] if count > 1 else executor.submit(job)
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise SetupError(f"the cluster refuses the job: {error}", where="launch.profile") from error
+    number = str(first.job_id).partition("_")[0]
+    write_atomically(submission.folder / JOB_NOTE, json.dumps({"job": number, "name": submission.name}) + "\n")
+    return number
+
+
+def _raw(options: Sequence[str]) -> dict[str, Any]:
+    """Options as they stand after #SBATCH, for submitit."""
+    found: dict[str, Any] = {}
+    for option in options:
+        name, has_value, value = option.removeprefix("#SBATCH").strip().partition("=")
+        if not name.startswith("--") or " " in name:
+            raise SetupError(
+                f"{option!r} is no option of sbatch", where="sbatch", remedy="write it as --name or --name=value"
+            )
+        found[name.removeprefix("--")] = value if has_value else True
+    return found

@@ -1,0 +1,318 @@
+"""Attempts: start the ranks, watch them, say why they ended, and start them again where that can help.
+
+The same for one process, for torchrun on this machine and for a step in an allocation. Each attempt is a fresh
+rendezvous with a folder of its own; a second start in the same run folder goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+from bigtrain.beats import AGAIN, WATCH_VARIABLE, read_step, step_file
+from bigtrain.errors import UserError
+from bigtrain.failures import read_errors
+from bigtrain.runs import ATTEMPT_VARIABLE, give_back, read_json, write_atomically
+from launchers import hangs
+from launchers.causes import Cause, find_cause
+from launchers.plan import LaunchPlan
+from launchers.starting import RankEnd, Ranks, Starter, remove_empty
+from launchers.watching import Seen, Watch
+
+# Once a rank has failed, the others get this long; after it, everything is ended. All is gone within ten seconds.
+LIMIT_S = 6.0
+# How long the ranks may take to save and leave after a second signal.
+SHORT_WAIT_S = 10.0
+_POLL_S = 0.1
+_LONGEST_PAUSE_S = 60.0
+
+FINISHED, STOPPED, AGAIN_LATER, REFUSED, FAILED, HUNG = (
+    "finished",
+    "stopped",
+    "again",
+    "refused",
+    "failed",
+    "hung",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How an attempt ended.
+
+    Attributes:
+        outcome: finished, stopped, again, refused, failed or hung.
+        code: What the launcher would exit with.
+        step: The newest checkpoint's step then; -1 where there is none.
+        fruitless: How often the run has failed in a row, this time included, since there was a new checkpoint.
+        cause: Why, in one line; None where it went well.
+        rank: Which rank failed first.
+        at_step: How many steps had been taken then.
+        time: When, in seconds since 1970.
+    """
+
+    outcome: str
+    code: int
+    step: int
+    fruitless: int
+    cause: str | None
+    rank: int | None
+    at_step: int | None
+    time: float
+
+
+class Supervisor:
+    """Owns the attempts of one run.
+
+    Args:
+        plan: What is started.
+        starter: What starts it.
+        claim: Makes the next attempt's folder.
+        place: What is noted of this start beside its process and machine: a job's number, say.
+        again: What exit code 75 leads to: True, start again here; False, end with it, the caller does.
+    """
+
+    def __init__(
+        self,
+        plan: LaunchPlan,
+        starter: Starter,
+        claim: Callable[[], Path],
+        *,
+        place: Mapping[str, str] | None = None,
+        again: bool = True,
+    ) -> None:
+        self._plan, self._starter, self._claim = plan, starter, claim
+        self._place, self._again = dict(place or {}), again
+        self._interrupt = _Interrupt()
+        self._last: Cause | None = None
+
+    def run(self) -> int:
+        """Start attempts until one ends well, none can help, or the launcher was asked to stop.
+
+        Returns:
+            0; the exit code of the rank that failed first; 128 + N after signal N; 75 where the caller is to start
+            all of it again.
+        """
+        with self._interrupt:
+            while True:
+                attempt = self._claim()
+                try:
+                    end, cause = self._attempt(attempt)
+                finally:
+                    give_back(attempt)
+                if not self._goes_on(end, cause):
+                    return end.code
+                if end.outcome == AGAIN_LATER and not self._again:
+                    return AGAIN
+                self._pause(end)
+                if self._interrupt.number is not None:
+                    return 128 + self._interrupt.number
+                self._last = cause
+
+    # ---- one attempt ----------
+
+    def _attempt(self, attempt: Path) -> tuple[End, Cause | None]:
+        plan = self._plan
+        before = newest_step(attempt)
+        note_start(attempt, {**self._place, "processes": plan.num_processes})
+        with Watch(
+            self._starter.address(),
+            plan.num_processes,
+            hang_timeout_s=plan.hang_timeout_s,
+            startup_timeout_s=plan.startup_timeout_s,
+        ) as watch:
+            environment = {
+                **plan.environment,
+                ATTEMPT_VARIABLE: str(attempt),
+                WATCH_VARIABLE: str(watch.address),
+                "PYTHONUNBUFFERED": "1",
+            }
+            count = f"{plan.num_processes} process{'es' if plan.num_processes > 1 else ''}"
+            say(f"starting {count}; logs are in {attempt / 'logs'}")
+            ranks = self._starter.start(attempt, environment)
+            try:
+                code, hung = self._watch(ranks, watch, attempt)
+                ends = ranks.ends()
+            finally:
+                ranks.kill()
+                ranks.close()
+        known = [read_step(step_file(attempt, rank)) for rank in range(plan.num_processes)]
+        step = max((step for step in known if step is not None), default=None)
+        shutil.rmtree(attempt / "steps", ignore_errors=True)
+        end, cause = self._judge(code, hung, ends or ranks.ends(), attempt, before, step)
+        if attempt.is_dir():
+            write_atomically(attempt / "end.json", json.dumps(asdict(end), indent=2) + "\n")
+            for name in ("logs", "stacks"):
+                remove_empty(attempt / name)
+        return end, cause
+
+    def _watch(self, ranks: Ranks, watch: Watch, attempt: Path) -> tuple[int, Cause | None]:
+        """Wait until the ranks have ended, by themselves or because they must."""
+        failed_at: float | None = None
+        hung: Cause | None = None
+        while (code := ranks.poll()) is None:
+            watch.listen(_POLL_S)
+            now = time.monotonic()
+            if self._interrupt.number is not None:
+                ranks.stop()
+            if failed_at is None and (any((attempt / "errors").glob("rank-*.json")) or ranks.ends()):
+                failed_at = now
+            if hung is None and failed_at is None and (hang := watch.look()) is not None:
+                hung = hangs.explain(hang, ranks, attempt, watch.step)
+                ranks.kill()
+            if (failed_at is not None and now - failed_at > LIMIT_S) or self._interrupt.is_over(now):
+                ranks.kill()
+            for seen, usual_ms in watch.slow():
+                self._report_slow(attempt, seen, usual_ms)
+        return code, hung
+
+    def _judge(
+        self, code: int, hung: Cause | None, ends: list[RankEnd], attempt: Path, before: int, step: int | None
+    ) -> tuple[End, Cause | None]:
+        """How an attempt ended, and why."""
+        now, cause = newest_step(attempt), hung
+        wants_again = code == AGAIN or any(end.code == AGAIN for end in ends)
+        if code == 0 and (is_finished(attempt) or not self._plan.leaves_result):
+            outcome = FINISHED
+        elif hung is not None:
+            outcome = HUNG
+        elif self._interrupt.number is not None or code == 0:
+            outcome = STOPPED
+            if read_errors(attempt):
+                cause = find_cause(attempt, ends, code, step=step, debug=self._plan.debug)
+            code = 128 + (self._interrupt.number or signal.SIGTERM)
+        elif wants_again:
+            outcome, code = AGAIN_LATER, AGAIN
+        else:
+            cause = find_cause(attempt, ends, code, step=step, debug=self._plan.debug)
+            outcome = REFUSED if cause.exit_code == UserError.exit_code else FAILED
+        if cause is not None and outcome != STOPPED:
+            code = cause.exit_code
+        fruitless = 0 if now > before else fruitless_starts(attempt)
+        if outcome in (HUNG, FAILED) or (outcome == AGAIN_LATER and now <= before):
+            fruitless += 1
+        brief, rank, at_step = (cause.brief, cause.rank, cause.step) if cause else (None, None, step)
+        return End(outcome, code, now, fruitless, brief, rank, at_step, time.time()), cause
+
+    # ---- what follows ----------
+
+    def _goes_on(self, end: End, cause: Cause | None) -> bool:
+        """Whether there is to be another attempt; where not, the cause is the last thing on the screen."""
+        sys.stdout.flush()
+        if end.outcome in (FINISHED, STOPPED):
+            if cause is not None:
+                print(f"\n{cause.text}", file=sys.stderr, flush=True)
+            return False
+        may_pass = cause is None or cause.may_pass
+        reason = None
+        if cause is not None and cause.is_same(self._last):
+            reason = "the same error came again in the same step: it is not started again"
+        elif may_pass and end.fruitless > self._plan.max_restarts > 0:
+            reason = f"{end.fruitless} starts in a row without a new checkpoint (launch.max_restarts): given up"
+        for text in (reason, cause.text if cause else None):
+            if text is not None:
+                print(f"\n{text}", file=sys.stderr, flush=True)
+        return may_pass and reason is None and end.fruitless <= self._plan.max_restarts
+
+    def _pause(self, end: End) -> None:
+        """Wait before the next start: not at all after progress, then longer and longer."""
+        where = f"from step {end.step}" if end.step >= 0 else "from the beginning"
+        pause = min(2.0 ** (end.fruitless - 2), _LONGEST_PAUSE_S) if end.fruitless > 1 else 0.0
+        count = f", {end.fruitless} of {self._plan.max_restarts} without a new checkpoint" if end.fruitless else ""
+        say(f"starting again {where}{count}" + (f", in {pause:.0f} s" if pause else ""))
+        deadline = time.monotonic() + pause
+        while time.monotonic() < deadline and self._interrupt.number is None:
+            time.sleep(_POLL_S)
+
+    def _report_slow(self, attempt: Path, seen: Seen, usual_ms: float) -> None:
+        assert seen.beat is not None
+        text = (
+            f"rank {seen.rank} on {seen.beat.host} is slow: by itself it takes {seen.beat.own_ms:.0f} ms a step, "
+            f"the others {usual_ms:.0f} ms (step {seen.beat.step})"
+        )
+        say(f"straggler: {text}")
+        with suppress(OSError), (attempt / "stragglers.txt").open("a") as file:
+            file.write(text + "\n")
+
+
+class _Interrupt:
+    """What SIGINT and SIGTERM do while ranks run.
+
+    The first lets them save and leave at a step boundary, a second gives them some seconds for it, a third ends them.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._count = 0
+        self._deadline: float | None = None
+
+    def __enter__(self) -> None:
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def is_over(self, now: float) -> bool:
+        """Whether the ranks have had their time."""
+        return self._deadline is not None and now > self._deadline
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._count += 1
+        if self._count == 1:
+            self.number = number
+        elif self._count == 2:
+            self._deadline = time.monotonic() + SHORT_WAIT_S
+        else:
+            self._deadline = time.monotonic()
+
+
+def say(text: str) -> None:
+    """A line on the terminal, or in a job's log."""
+    print(text, flush=True)
+
+
+# ---- what is noted in the run folder, and read by `bigtrain runs` ----------
+
+
+def note_start(attempt: Path, place: Mapping[str, object]) -> None:
+    """Note who started an attempt, where, when, and from which checkpoint."""
+    held = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time(), "step": newest_step(attempt)}
+    write_atomically(attempt / "start.json", json.dumps({**held, **place}, indent=2) + "\n")
+
+
+def newest_step(attempt: Path) -> int:
+    """The step of the run's newest committed checkpoint; -1 where there is none."""
+    steps = [
+        int(path.parent.name.removeprefix("step-"))
+        for path in (attempt.parent.parent / "checkpoints").glob("step-*/manifest.json")
+        if path.parent.name.removeprefix("step-").isdigit()
+    ]
+    return max(steps, default=-1)
+
+
+def is_finished(attempt: Path) -> bool:
+    """Whether the run of an attempt has been marked as finished."""
+    return (attempt.parent.parent / "result.json").exists()
+
+
+def fruitless_starts(attempt: Path) -> int:
+    """How often the run failed in a row, before this attempt, since there was a new checkpoint."""
+    if not attempt.name.isdigit():
+        return 0
+    before = attempt.with_name(str(int(attempt.name) - 1))
+    start, end = read_json(before / "start.json"), read_json(before / "end.json")
+    if end or not start:
+        return int(end.get("fruitless", 0))
+    # Its launcher was killed: it failed, and made progress if there is a newer checkpoint than it began with.
+    return 1 + (0 if newest_step(attempt) > start.get("step", -1) else fruitless_starts(before))

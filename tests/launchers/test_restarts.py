@@ -1,0 +1,252 @@
+"""Ranks that die or hang under `bigtrain launch`: named, ended, started again, and nothing of the training lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bigtrain.runs import read_json
+from tests.helpers.launching import (
+    begin,
+    bigtrain,
+    last_step,
+    left_over,
+    numbers,
+    ranks_of,
+    run_file,
+    until,
+)
+
+pytestmark = pytest.mark.slow
+
+IS_FULL = os.environ.get("BIGTRAIN_FAULTS") == "full"
+
+
+def launch(folder: Path, *arguments: str, **changes: object) -> subprocess.CompletedProcess[str]:
+    done = bigtrain(folder, "launch", str(run_file(folder, plant=True, **changes)), "--nproc=2", *arguments)
+    assert not left_over(str(folder))
+    return done
+
+
+def plant(folder: Path, what: str, rank: int) -> None:
+    (folder / "planted").mkdir()
+    (folder / "planted" / what).write_text(str(rank))
+
+
+def end_of(folder: Path, attempt: int = 0) -> dict[str, object]:
+    return read_json(folder / f"runs/it/attempts/{attempt}/end.json")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+    """The numbers of the unbroken run."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "planted").mkdir()
+    assert launch(folder).returncode == 0
+    return numbers(folder / "runs/it")
+
+
+DEATHS = [
+    ("killed", 1, "rank 1 was ended by SIGKILL"),
+    ("segfault", 0, "rank 0 was ended by SIGSEGV"),
+    ("aborts", 1, "rank 1 was ended by SIGABRT"),
+    ("exits", 0, "rank 0 ended with exit code 3 and left no word"),
+    ("network", 1, "ConnectionResetError: planted"),
+]
+
+
+@pytest.mark.parametrize(("what", "rank", "cause"), DEATHS if IS_FULL else DEATHS[:1] + DEATHS[3:4])
+def test_a_dead_rank_is_named_and_the_run_goes_on(
+    tmp_path: Path, whole: list[dict[str, object]], what: str, rank: int, cause: str
+) -> None:
+    plant(tmp_path, what, rank)
+    done = launch(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert end_of(tmp_path)["cause"] == cause
+    assert end_of(tmp_path)["rank"] == rank
+    assert f"rank {rank}, after step " in done.stderr
+    assert "starting again from " in done.stdout
+    assert numbers(tmp_path / "runs/it") == whole
+
+
+def test_a_dead_rank_is_noticed_within_a_second(tmp_path: Path) -> None:
+    path = run_file(tmp_path, train={"steps": 100_000}, launch={"max_restarts": 0})
+    process = begin(tmp_path, "launch", str(path), "--nproc=2")
+    until(lambda: last_step(tmp_path / "runs/it") > 3)
+    began = time.time()
+    os.kill(ranks_of(path)[0], signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGKILL
+    ended = read_json(tmp_path / "runs/it/attempts/0/end.json")["time"]
+    assert (
+        ended - began < 4
+    )  # all ranks gone, not only noticed; the bound of the latter is torchrun's tenth of a second
+    assert not left_over(str(path))
+
+
+HANGS = [
+    ("stopped", 1, r"rank 1 is behind: stopped by a signal \(.* state T\); at \S*planting.py:\d+ in stopped"),
+    ("sleeps", 0, r"rank 0 is behind: at \S*planting.py:\d+ in sleeps"),
+    ("holds_the_lock", 1, r"rank 1 is behind: silent for \d+ s: .* at \S*planting.py:\d+ in holds_the_lock"),
+]
+
+
+@pytest.mark.parametrize(("what", "rank", "told"), HANGS)
+def test_a_hanging_rank_is_named_with_its_place(tmp_path: Path, what: str, rank: int, told: str) -> None:
+    plant(tmp_path, what, rank)
+    done = launch(tmp_path, health={"hang_timeout_s": 4.0}, launch={"max_restarts": 0})
+    assert done.returncode == 124, done.stdout + done.stderr
+    assert re.search(told, done.stderr), done.stderr
+    assert "error: no progress after step " in done.stderr
+    stacks = tmp_path / "runs/it/attempts/0/stacks"
+    assert {path.name for path in stacks.iterdir()} == {"rank-00000.txt", "rank-00001.txt"}
+    assert f"in {what}" in (stacks / f"rank-{rank:05d}.txt").read_text()
+
+
+def test_a_skipped_collective(tmp_path: Path) -> None:
+    """Rank 1 leaves one out and waits in the next: who waits for it says where."""
+    (tmp_path / "planted").mkdir()
+    (tmp_path / "skips").write_text("1")
+    done = launch(tmp_path, health={"hang_timeout_s": 4.0}, launch={"max_restarts": 0})
+    assert done.returncode == 124, done.stdout + done.stderr
+    assert re.search(
+        r"rank 0 is behind: in the collective all_reduce, called from \S*planting.py:\d+ in loss", done.stderr
+    )
+    assert re.search(r"rank 1 waits for it: in the backward pass", done.stderr)
+
+
+def test_a_hang_is_noticed_in_time_and_the_run_goes_on(tmp_path: Path, whole: list[dict[str, object]]) -> None:
+    path = run_file(tmp_path, plant=True, health={"hang_timeout_s": 4.0})
+    (tmp_path / "slowly").touch()
+    process = begin(tmp_path, "launch", str(path), "--nproc=2")
+    until(lambda: last_step(tmp_path / "runs/it") > 6)
+    began = time.time()
+    os.kill(ranks_of(path)[1], signal.SIGSTOP)
+    (tmp_path / "slowly").unlink()
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 0, errors
+    assert end_of(tmp_path)["outcome"] == "hung"
+    assert 4 < end_of(tmp_path)["time"] - began < 4 + 1 + 4  # the hang, noticing it, and writing the stacks
+    assert numbers(tmp_path / "runs/it") == whole
+
+
+def test_the_launcher_itself_is_killed(tmp_path: Path, whole: list[dict[str, object]]) -> None:
+    """No rank outlives it, and the next start goes on."""
+    path = run_file(tmp_path, plant=True, data={"workers": 1})
+    (tmp_path / "slowly").touch()
+    process = begin(tmp_path, "launch", str(path), "--nproc=2")
+    until(lambda: last_step(tmp_path / "runs/it") > 6)
+    process.kill()
+    process.wait()
+    until(lambda: not left_over(str(tmp_path)), 10, "the end of all ranks")
+    (tmp_path / "slowly").unlink()
+    shown = bigtrain(tmp_path, "runs", "list").stdout
+    assert "broken off" in shown
+    done = bigtrain(tmp_path, "runs", "resume", "it")
+    assert done.returncode == 0, done.stderr
+    assert numbers(tmp_path / "runs/it") == whole
+
+
+def test_stop_saves_and_resume_goes_on(tmp_path: Path, whole: list[dict[str, object]]) -> None:
+    path = run_file(tmp_path, plant=True)
+    (tmp_path / "slowly").touch()
+    process = begin(tmp_path, "launch", str(path), "--nproc=2")
+    until(lambda: last_step(tmp_path / "runs/it") > 6)
+    again = bigtrain(tmp_path, "launch", str(path), "--nproc=2")
+    assert again.returncode == 2
+    assert f"in use by process {process.pid}" in again.stderr
+    assert "will save and leave" in bigtrain(tmp_path, "runs", "stop", "it").stdout
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert end_of(tmp_path)["outcome"] == "stopped"
+    (tmp_path / "slowly").unlink()
+    assert bigtrain(tmp_path, "runs", "resume", "it").returncode == 0
+    assert numbers(tmp_path / "runs/it") == whole
+    assert "step 40/40" in bigtrain(tmp_path, "runs", "logs", "it").stdout
+
+
+def test_usr2_to_one_rank_means_save_and_start_again(tmp_path: Path, whole: list[dict[str, object]]) -> None:
+    path = run_file(tmp_path, plant=True)
+    (tmp_path / "slowly").touch()
+    process = begin(tmp_path, "launch", str(path), "--nproc=2")
+    until(lambda: last_step(tmp_path / "runs/it") > 6)
+    os.kill(ranks_of(path)[1], signal.SIGUSR2)
+    (tmp_path / "slowly").unlink()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert end_of(tmp_path)["outcome"] == "again"
+    assert numbers(tmp_path / "runs/it") == whole
+
+
+def test_restarts_without_progress_are_bounded(tmp_path: Path) -> None:
+    """The same error again in the same step is code, whatever its type; and deaths before a checkpoint are counted."""
+    path = run_file(tmp_path, plant=True, launch={"max_restarts": 1})
+    source = (tmp_path / "planting.py").read_text().replace("os.unlink(path)", "pass")
+    (tmp_path / "planting.py").write_text(source.replace("os.kill(os.getpid(), signal.SIGKILL)", "os._exit(9)"))
+    (tmp_path / "planted/killed").write_text("0")
+    done = bigtrain(tmp_path, "launch", str(path), "--nproc=2")
+    assert done.returncode == 9
+    assert "starts in a row without a new checkpoint (launch.max_restarts): given up" in done.stderr
+    assert [read_json(file)["fruitless"] for file in sorted(tmp_path.glob("runs/it/attempts/*/end.json"))] == [1, 1, 2]
+
+
+def test_a_slow_rank_is_told_and_not_killed(tmp_path: Path) -> None:
+    plant(tmp_path, "slow_from_now", 1)
+    done = launch(tmp_path)
+    assert done.returncode == 0
+    assert re.search(r"straggler: rank 1 on \S+ is slow: by itself it takes \d{3} ms a step", done.stdout), done.stdout
+    assert "straggler: rank 0" not in done.stdout
+
+
+def test_a_data_worker_that_stalls(tmp_path: Path) -> None:
+    (tmp_path / "stalling.py").write_text(
+        "import time, torch\n"
+        "class Stalling:\n"
+        "    def __init__(self, split): self.read = 0\n"
+        "    def __len__(self): return 64\n"
+        "    def __getitem__(self, index):\n"
+        "        self.read += 1\n"
+        "        if self.read > 40: time.sleep(600)\n"
+        "        return torch.arange(33) % 257\n"
+        "    def fingerprint(self): return 'x'\n"
+    )
+    data = {"name": "stalling:Stalling", "args": {}, "batch_size": 8, "eval": "none"}
+    done = launch(tmp_path, data=data, health={"hang_timeout_s": 4.0},
+                  launch={"max_restarts": 0}, task="causal_lm")  # fmt: skip
+    assert done.returncode == 124, done.stderr
+    assert re.search(r"rank \d is.*: waiting for data at \S*stalling.py:\d+ in __getitem__", done.stderr)
+
+
+@pytest.mark.skipif(not IS_FULL, reason="fifty kills take half an hour: make faults")
+@pytest.mark.parametrize("seed", range(50))
+def test_kills_at_random(tmp_path: Path, whole: list[dict[str, object]], seed: int) -> None:
+    """Up to three random ranks of a run are killed at random times, now and then the launcher or all ranks at once."""
+    choose = random.Random(seed)
+    path = run_file(tmp_path, plant=True, launch={"max_restarts": 10})
+    (tmp_path / "slowly").touch()
+    process = begin(tmp_path, "launch", str(path), "--nproc=2")
+    for _ in range(choose.randint(1, 3)):
+        time.sleep(choose.uniform(1.0, 9.0))
+        ranks = ranks_of(path)
+        victims = choose.choice([ranks[:1], ranks[1:], ranks, [process.pid]])
+        for pid in victims:
+            if psutil.pid_exists(pid):
+                os.kill(pid, signal.SIGKILL)
+        if victims == [process.pid]:
+            process.wait()
+            until(lambda: not left_over(str(path)), 10, "the end of all ranks")
+            process = begin(tmp_path, "launch", str(path), "--nproc=2")
+    (tmp_path / "slowly").unlink()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert numbers(tmp_path / "runs/it") == whole
+    assert json.loads((tmp_path / "runs/it/result.json").read_text())["steps"] == 40
