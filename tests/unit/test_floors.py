@@ -79,7 +79,14 @@ FORBIDDEN = {
 }
 
 TORCH_FREE = (
-    *("bigtrain.beats", "bigtrain.errors", "bigtrain.config", "bigtrain.convert", "bigtrain.failures", "bigtrain.lease"),
+    *(
+        "bigtrain.beats",
+        "bigtrain.errors",
+        "bigtrain.config",
+        "bigtrain.convert",
+        "bigtrain.failures",
+        "bigtrain.lease",
+    ),
     *("bigtrain.metrics", "bigtrain.named", "bigtrain.patterns", "bigtrain.runs", "bigtrain.starting", "launchers"),
 )
 HEAVY = ("torch", "torchvision", "torchmetrics", "numpy", "sklearn", "tokenizers")

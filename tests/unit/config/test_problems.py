@@ -138,7 +138,7 @@ def test_everything_is_reported_at_once_in_the_order_of_the_file(tmp_path):
         "  schedule: {name: constant, gamma: 0.5}\n"
         "train: {epochs: 2, steps: 3}\n"
         "engine: {name: fspd}\n"
-        "launch: {target: slurm}\n"
+        "checkpoint: {weights: trainable}\n"
     )
     with pytest.raises(ConfigError) as caught:
         load(path, ["run.seed=-1", "run.name=../x", "nonsense"])
@@ -151,7 +151,7 @@ def test_everything_is_reported_at_once_in_the_order_of_the_file(tmp_path):
         (":6", "optim.schedule.gamma: 0.5 means nothing to the schedule constant"),
         (":7", "train.steps: 3 cannot stand beside train.epochs"),
         (":8", "engine.name: fspd does not fit"),
-        (":9", "launch.target: slurm is not available yet"),
+        (":9", "checkpoint.weights: trainable is not available yet"),
         ("command line", "'nonsense' is not an override"),
         ("command line", 'run.name: "../x" cannot name a folder'),
         ("command line", "run.seed: -1 does not fit"),
@@ -255,12 +255,6 @@ def test_an_override_that_is_not_yaml_is_shown_whole():
 
 NOT_BUILT = {
     "checkpoint.weights": "trainable",
-    "health.hang_timeout_s": 600,
-    "health.startup_timeout_s": 1800,
-    "launch.target": "slurm",
-    "launch.nodes": 2,
-    "launch.profile": "big",
-    "launch.max_restarts": 3,
 }
 
 
