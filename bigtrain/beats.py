@@ -101,6 +101,7 @@ class Beat:
         pid: Its process.
         host: Its machine.
         count: Microbatches, evaluation batches and written chunks so far: any of them is progress.
+        batches: Microbatches and evaluation batches alone, of which each rank has as many.
         step: Steps taken.
         phase: What it is doing.
         collectives: How many collectives it has entered; -1 where that is not known.
@@ -113,6 +114,7 @@ class Beat:
     pid: int
     host: str
     count: int = 0
+    batches: int = 0
     step: int = 0
     phase: str = STARTING
     collectives: int = -1
@@ -125,7 +127,7 @@ class Beat:
 
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
-    "token": str, "rank": int, "pid": int, "host": str, "count": int, "step": int, "phase": str,
+    "token": str, "rank": int, "pid": int, "host": str, "count": int, "batches": int, "step": int, "phase": str,
     "collectives": int, "own_ms": (int, float), "least_own_ms": (int, float),
 }  # fmt: skip
 

@@ -83,7 +83,7 @@ def _behind(hang: Hang, places: dict[int, Place], stopped: set[int]) -> set[int]
     silent = stopped | {seen.rank for seen in hang.silent()} | {seen.rank for seen in hang.ranks if seen.beat is None}
     spoken = [(seen.rank, seen.beat) for seen in hang.ranks if seen.beat is not None]
     evidence = [silent]
-    for measure in (lambda beat: (beat.step, beat.count), lambda beat: beat.collectives):
+    for measure in (lambda beat: (beat.step, beat.batches), lambda beat: beat.collectives):
         least = min((measure(beat) for _, beat in spoken), default=None)
         evidence.append({rank for rank, beat in spoken if measure(beat) == least})
     # A rank that waits for others is not the one they wait for.

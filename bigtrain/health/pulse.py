@@ -36,12 +36,14 @@ class Pulse:
 
     Attributes:
         count: Microbatches, evaluation batches and written chunks so far.
+        batches: The first two alone.
         phase: What the rank is doing; the words are in `bigtrain.beats`.
         step: Steps taken.
     """
 
     def __init__(self) -> None:
         self.count = 0
+        self.batches = 0
         self.step = 0
         self.phase = STARTING
         self._own_s = 0.0
@@ -102,6 +104,7 @@ class Watched:
         result = self._task.loss(model, batch)
         if self._is_own:
             self._pulse.spent(time.perf_counter() - began)
+        self._pulse.batches += 1
         self._pulse.beat()
         return result
 
@@ -185,7 +188,7 @@ class _Teller:
     def _fill(self, beat: Beat) -> None:
         pulse = self._pulse
         beat.count, beat.step, beat.phase, beat.own_ms = pulse.count, pulse.step, pulse.phase, pulse.own_ms
-        beat.least_own_ms = pulse.least_own_ms
+        beat.least_own_ms, beat.batches = pulse.least_own_ms, pulse.batches
         beat.collectives = self._collectives()
 
     def _collectives(self) -> int:

@@ -18,8 +18,8 @@ from bigtrain.tracking.reading import read_rows
 
 ROOT = Path(__file__).parents[2]
 
-# Wall-clock numbers differ from run to run; all others must not.
-CLOCKS = ("samples_per_s", "seconds", "time")
+# What the clock and the machine's memory say differs from run to run; nothing else may.
+CLOCKS = ("_s", "time", "_bytes", "_rank", "mfu")
 
 TASK = '''
 """What is planted in ranks, by a file: its name says what, its text in which rank; it happens once."""
@@ -136,7 +136,7 @@ def begin(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 def numbers(path: Path) -> list[dict[str, Any]]:
     """The merged series of a run: every number exactly, the clock's left out."""
     rows = [row for row in read_rows(path) if "event" not in row]
-    return [{key: value for key, value in row.items() if key not in CLOCKS} for row in rows]
+    return [{key: value for key, value in row.items() if not key.endswith(CLOCKS)} for row in rows]
 
 
 def last_step(path: Path) -> int:

@@ -146,7 +146,7 @@ def test_the_launcher_itself_is_killed(tmp_path: Path, whole: list[dict[str, obj
     process = begin(tmp_path, "launch", str(path), "--nproc=2")
     until(lambda: last_step(tmp_path / "runs/it") > 6)
     process.kill()
-    process.wait()
+    process.communicate()
     until(lambda: not left_over(str(tmp_path)), 10, "the end of all ranks")
     (tmp_path / "slowly").unlink()
     shown = bigtrain(tmp_path, "runs", "list").stdout
@@ -196,7 +196,9 @@ def test_restarts_without_progress_are_bounded(tmp_path: Path) -> None:
     done = bigtrain(tmp_path, "launch", str(path), "--nproc=2")
     assert done.returncode == 9
     assert "starts in a row without a new checkpoint (launch.max_restarts): given up" in done.stderr
-    assert [read_json(file)["fruitless"] for file in sorted(tmp_path.glob("runs/it/attempts/*/end.json"))] == [1, 1, 2]
+    counts = [read_json(file)["fruitless"] for file in sorted(tmp_path.glob("runs/it/attempts/*/end.json"))]
+    assert counts[-1] == 2
+    assert counts[0] == 1  # a start that saved a new checkpoint begins the count anew
 
 
 def test_a_slow_rank_is_told_and_not_killed(tmp_path: Path) -> None:
@@ -213,17 +215,18 @@ def test_a_data_worker_that_stalls(tmp_path: Path) -> None:
         "class Stalling:\n"
         "    def __init__(self, split): self.read = 0\n"
         "    def __len__(self): return 64\n"
-        "    def __getitem__(self, index):\n"
+        "    def __getitem__(self, index): return self.sample()\n"
+        "    def sample(self):\n"
         "        self.read += 1\n"
         "        if self.read > 40: time.sleep(600)\n"
-        "        return torch.arange(33) % 257\n"
+        "        return {'tokens': torch.arange(33) % 257}\n"
         "    def fingerprint(self): return 'x'\n"
     )
     data = {"name": "stalling:Stalling", "args": {}, "batch_size": 8, "eval": "none"}
     done = launch(tmp_path, data=data, health={"hang_timeout_s": 4.0},
                   launch={"max_restarts": 0}, task="causal_lm")  # fmt: skip
     assert done.returncode == 124, done.stderr
-    assert re.search(r"rank \d is.*: waiting for data at \S*stalling.py:\d+ in __getitem__", done.stderr)
+    assert re.search(r"rank \d is.*: waiting for data at \S*stalling.py:\d+ in sample", done.stderr)
 
 
 @pytest.mark.skipif(not IS_FULL, reason="fifty kills take half an hour: make faults")
@@ -242,7 +245,7 @@ def test_kills_at_random(tmp_path: Path, whole: list[dict[str, object]], seed: i
             if psutil.pid_exists(pid):
                 os.kill(pid, signal.SIGKILL)
         if victims == [process.pid]:
-            process.wait()
+            process.communicate()
             until(lambda: not left_over(str(path)), 10, "the end of all ranks")
             process = begin(tmp_path, "launch", str(path), "--nproc=2")
     (tmp_path / "slowly").unlink()
