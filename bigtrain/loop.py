@@ -93,7 +93,7 @@ class Loop:
         saver: Keeps the state on disk; None keeps nothing.
         done: How far the run has come already.
         pulse: Told of everything that is done.
-        replicas: Compares the copies that ranks hold; None compares nothing.
+        compare_every: After how many steps the copies that ranks hold are compared; None: never.
         forward_waits: Whether ranks wait for one another in a forward pass.
     """
 
@@ -114,13 +114,13 @@ class Loop:
         saver: Saver | None = None,
         done: Outcome | None = None,
         pulse: Pulse | None = None,
-        replicas: Replicas | None = None,
+        compare_every: int | None = None,
         forward_waits: bool = False,
     ) -> None:
         self._engine, self._task, self._world = engine, task, world
         self._pulse = pulse or Pulse()
         self._watched = self._pulse.watched(task, is_own=not forward_waits)
-        self._replicas = replicas or Replicas(world, engine.state, None)
+        self._replicas = Replicas(world, engine.state, compare_every)
         self._steps, self._eval_batches, self._move = steps, eval_batches, move
         self._schedule, self._base_lrs, self._cadence = schedule, base_lrs, cadence
         self._trackers, self._hooks = trackers, hooks

@@ -23,7 +23,6 @@ from bigtrain.engines.base import Zero
 from bigtrain.errors import CombinationError, DataError, ModelError
 from bigtrain.finetune.freeze import FreezePlan, begins_at, phase_at, plan_freezing
 from bigtrain.health.pulse import Pulse
-from bigtrain.health.replicas import Replicas
 from bigtrain.loop import Loop, moved
 from bigtrain.models.blocks import without_shared_parameters
 from bigtrain.optim import OptimizerPlan, Schedule, make_schedule, plan_optimizer
@@ -96,12 +95,11 @@ class Training:
     ) -> Loop:
         """The loop over all of it, from its first step, or from where it is done already."""
         evaluation = self.evaluation
-        start = done.position if done else (0, 0)
         return Loop(
             engine=self.engine,
             task=self.task,
             world=self.world,
-            steps=self.train.steps(data_layer.Position(*start)),
+            steps=self.train.steps(data_layer.Position(*(done.position if done else (0, 0)))),
             eval_batches=None if evaluation is None else lambda: evaluation,
             schedule=self.schedule,
             base_lrs=[group.hyper["lr"] for group in self.plan.groups],
@@ -113,7 +111,7 @@ class Training:
             saver=saver,
             done=done,
             pulse=pulse,
-            replicas=Replicas(self.world, self.engine.state, self.config.health.compare_every),
+            compare_every=self.config.health.compare_every,
             forward_waits=engines.shards(self.engine.name, self.config.engine.deepspeed.stage),
         )
 
