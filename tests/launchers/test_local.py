@@ -153,7 +153,7 @@ def test_the_failing_ranks_traceback_comes_last(tmp_path: Path, rank: int) -> No
 def test_a_rank_that_a_signal_ends_is_named(tmp_path: Path, how: str, number: signal.Signals) -> None:
     done = launch(run_file(tmp_path, failing(how)))
     assert done.returncode == 128 + number
-    assert f"error: rank 1 was ended by {number.name}" in done.stderr
+    assert f"error: rank 1, after step 2, was ended by {number.name}" in done.stderr
     assert done.stderr.rstrip().splitlines()[-1].startswith("  do: ")
 
 
