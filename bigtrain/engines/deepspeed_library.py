@@ -22,6 +22,9 @@ from bigtrain.errors import SetupError
 from bigtrain.optim import OptimizerPlan
 
 
+_FORMER_NAMES = r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated"
+
+
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, world: World, choices: Choices) -> Any:
     """DeepSpeed's engine around a model and an optimizer, set so that it sums gradients. Every rank must call it.
 
@@ -144,6 +147,8 @@ def _library(world: World) -> Any:
             remedy="start it in a process of its own, or set DS_ACCELERATOR before the first import of deepspeed",
         )
     _forget_former_group(deepspeed, world)
+    # torch 2.14 has new names for what DeepSpeed calls some hundred times a step.
+    warnings.filterwarnings("ignore", _FORMER_NAMES, FutureWarning)
     return deepspeed
 
 
