@@ -7,6 +7,7 @@ a fraction of a second. A training run is started by a launcher instead, which o
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -124,9 +125,10 @@ def _work(
     args: tuple[Any, ...],
     strict: bool,
 ) -> None:
+    gc.freeze()  # what the server imported stays: looking through it at every collection would copy it, too
     with open(f"{folder}/stack-of-rank-{rank}", "w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
+        torch.set_num_threads(_threads(world_size))
         if strict:
             warnings.simplefilter("error")
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
@@ -145,6 +147,12 @@ def _work(
             sys.stderr.flush()
             sender.close()
             os._exit(0)  # no collective in teardown: a rank that failed must not wait for the others
+
+
+def _threads(world_size: int) -> int:
+    """This rank's share of the cores, unless the user has said how many."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return int(said) if said.isdecimal() and int(said) else max(1, len(os.sched_getaffinity(0)) // world_size)
 
 
 def _sendable(rank: int, error: BaseException) -> BigtrainError:

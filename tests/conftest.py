@@ -6,6 +6,10 @@ import os
 
 import pytest
 
+# Read where torch is imported, here and in every process that a test starts. The models are tiny, and threads that wait
+# for each other on busy cores take many times as long as one.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 _skipped: list[str] = []
 
 

@@ -271,12 +271,12 @@ class ZeroEngine:
         """Let go of everything."""
         if self._casting:
             self._casting.remove()
-        self._optimizer.state.clear()
-        self._optimizer.param_groups.clear()
-        deepspeed = self._deepspeed
+        deepspeed, optimizer = self._deepspeed, self._optimizer
         for attribute in list(vars(self)):
             delattr(self, attribute)
-        destroy(deepspeed)
+        destroy(deepspeed)  # goes through the optimizer's groups
+        optimizer.state.clear()
+        optimizer.param_groups.clear()
 
 
 class _Participation:

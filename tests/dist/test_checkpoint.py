@@ -15,7 +15,7 @@ import torch
 from bigtrain.checkpoint import Background, Ranks, diff, find, load_newest, open_checkpoint, prune, save, verify
 from bigtrain.checkpoint.files import Files
 from bigtrain.dist import World, join
-from bigtrain.errors import DiskFullError, NoGoodError, SaveError
+from bigtrain.errors import DiskFullError, NoGoodError, RankError, SaveError
 from bigtrain.state import MemoryReader
 from tests.helpers import zoo
 from tests.helpers.distributed import run_distributed
@@ -138,7 +138,8 @@ def killed_while_saving(layout: str, folder: str, victim: int, operation: str) -
     ("victim", "operation", "newest"), [(1, "sync", 1), (0, "rename", 1), (1, "close", 1), (0, "sync folder", 1)]
 )
 def test_a_rank_that_is_killed_commits_nothing(tmp_path: Path, victim: int, operation: str, newest: int) -> None:
-    with pytest.raises(Exception, match=r"SIGKILL|signal 9|-9"):
+    # Whichever is heard of first: the death itself, or what the other rank makes of it.
+    with pytest.raises(RankError, match=r"exit code -9|Connection (reset|closed) by peer"):
         run_distributed(killed_while_saving, 2, "fsdp", str(tmp_path), victim, operation)
     assert find(tmp_path)[0].name == f"step-0000000{newest}"
     assert verify(find(tmp_path)[0]).is_good

@@ -243,9 +243,11 @@ def build_and_close(layout: str) -> None:
             del engine
             gc.collect()
             assert model() is None, f"engine {number} is still there"
-            grown.append((len(torch.distributed.distributed_c10d._world.pg_map), len(gc.get_objects())))
+            objects = gc.get_objects()  # without what was imported before the rank began
+            assert not any(type(o) is torch.nn.Parameter for o in objects), f"parameters of engine {number}"
+            grown.append((len(torch.distributed.distributed_c10d._world.pg_map), len(objects)))
         assert grown[-1][0] == grown[1][0]  # process groups
-        assert grown[-1][1] < grown[4][1] * 1.01
+        assert (grown[-1][1] - grown[4][1]) / 15 < 100  # a seed alone leaves some: torch keeps them for other devices
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"])

@@ -9,7 +9,17 @@ from typing import Any
 from bigtrain.processes import preload, run_ranks
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read where deepspeed is imported
-preload("deepspeed")  # some seconds, which every rank of every test would take
+for _module in (  # some seconds, which every rank of every test would take
+    "deepspeed",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "torch._inductor.compile_fx",
+    "torch._dynamo.repro.after_aot",
+    "bigtrain.engines.ddp",
+    "bigtrain.engines.deepspeed",
+    "bigtrain.engines.fsdp",
+):
+    preload(_module)
 
 
 def run_distributed(func: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 180.0) -> list[Any]:
