@@ -29,10 +29,21 @@ from bigtrain.errors import BigtrainError, RankError
 
 _PRELOAD = ["torch", "torch.distributed.fsdp", "torch.nn.parallel", "torchmetrics", "bigtrain.loop"]
 
+_DEEPSPEED = ["deepspeed", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer"]
+_COMPILER = ["torch._inductor.compile_fx", "torch._dynamo.repro.after_aot"]
 
-def preload(module: str) -> None:
-    """Import a module once, in the process that ranks are forked from. It counts before the first ranks are started."""
-    _PRELOAD.append(module)
+
+def preload_engines() -> None:
+    """Import DeepSpeed and torch's compiler once, in the process that ranks are forked from, and not in every rank.
+
+    It counts before the first ranks are started. With a GPU nothing is done: what is forked from a process that may have
+    spoken to the driver cannot do so itself.
+    """
+    if torch.cuda.is_available():
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read where deepspeed is imported
+    named = [f"bigtrain.engines.{name}" for name in ("ddp", "fsdp", "deepspeed")]
+    _PRELOAD.extend(module for module in (*_DEEPSPEED, *_COMPILER, *named) if module not in _PRELOAD)
 
 
 def run_ranks(

@@ -21,7 +21,6 @@ from bigtrain.engines.deepspeed_config import build_config
 from bigtrain.errors import SetupError
 from bigtrain.optim import OptimizerPlan
 
-
 _FORMER_NAMES = r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated"
 
 

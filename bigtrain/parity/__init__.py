@@ -38,7 +38,7 @@ from bigtrain.parity.compare import (
 from bigtrain.parity.reference import Trajectory, train_plainly, without_true_gradient
 from bigtrain.parity.stillness import refuse_mixing_of_samples, refuse_randomness, switch_off_dropout
 from bigtrain.prepare import has_compiler
-from bigtrain.processes import run_ranks
+from bigtrain.processes import preload_engines, run_ranks
 from bigtrain.trainer import Subject, build_data, build_task, prepare_whole
 
 # A shorter horizon says too little to call it proof.
@@ -145,6 +145,8 @@ def run(
     names = every_engine() if engines is None else engines
     search = _Search(config, subject or Subject(), steps, folder, tamper, said, list(accumulations))
     search.compiles = has_compiler() if compiles is None else compiles
+    if search.compiles or any(name.startswith("deepspeed") for name in names):
+        preload_engines()
     try:
         for precision in precisions:
             for engine, world_size in _places(names, world_sizes, precision):

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
-from bigtrain.processes import preload, run_ranks
+from bigtrain.processes import preload_engines, run_ranks
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read where deepspeed is imported
-for _module in (  # some seconds, which every rank of every test would take
-    "deepspeed",
-    "deepspeed.runtime.zero.stage3",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-    "torch._inductor.compile_fx",
-    "torch._dynamo.repro.after_aot",
-    "bigtrain.engines.ddp",
-    "bigtrain.engines.deepspeed",
-    "bigtrain.engines.fsdp",
-):
-    preload(_module)
+preload_engines()  # some seconds, which every rank of every test would take
 
 
 def run_distributed(func: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 180.0) -> list[Any]:
