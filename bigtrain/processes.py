@@ -36,8 +36,8 @@ _COMPILER = ["torch._inductor.compile_fx", "torch._dynamo.repro.after_aot"]
 def preload_engines() -> None:
     """Import DeepSpeed and torch's compiler once, in the process that ranks are forked from, and not in every rank.
 
-    It counts before the first ranks are started. With a GPU nothing is done: what is forked from a process that may have
-    spoken to the driver cannot do so itself.
+    It counts before the first ranks are started. With a GPU nothing is done: a process that may have spoken to the
+    driver cannot be forked into ones that do.
     """
     if torch.cuda.is_available():
         return
