@@ -7,7 +7,7 @@ torchrun sets them. Without them this is a world of one.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -48,6 +48,16 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor
+
+    def start_all_reduce(self, tensor: Tensor) -> Callable[[], object]:
+        """Sum a tensor over all ranks, in place, while something else is done: call what is returned to wait for it.
+
+        Every rank must call it, in the same order among its other collectives.
+        """
+        if self.size == 1:
+            return lambda: None
+        work = dist.all_reduce(tensor, group=self.group, async_op=True)
+        return work.wait
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's value, by rank. Every rank must call it."""

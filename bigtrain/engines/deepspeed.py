@@ -19,7 +19,7 @@ from bigtrain.engines import slots
 from bigtrain.engines.base import Choices, TorchEngine, checked, persistent_buffers, take_no_part
 from bigtrain.engines.casting import Casting
 from bigtrain.engines.deepspeed_library import destroy, host_adam, initialize, partition_meta
-from bigtrain.engines.sums import DeviceSums, HostSums, StepResult
+from bigtrain.engines.sums import EarlySums, StepResult
 from bigtrain.engines.zero_slices import ShardedSlices, Slice, Slices, partition_of
 from bigtrain.errors import StateError
 from bigtrain.optim import OptimizerPlan
@@ -105,8 +105,8 @@ class ZeroEngine:
             self._read_weights(MemoryReader({(WEIGHT, name): tensor for name, tensor in exact.items()}, {}))
         if has_masters or choices.fill:
             self._write_through()
-        on_host = world.device.type == "cpu"
-        self._sums = HostSums(None, alone=world.size == 1) if on_host else DeviceSums(world.device, None)
+        self._sums = EarlySums(world.device, world.start_all_reduce)
+        self._is_last = True
         self._parts = _Participation(model)
 
     def _frozen_part(self, p: Any, has_masters: bool) -> tuple[int, Tensor]:
@@ -135,26 +135,25 @@ class ZeroEngine:
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
         """Around forward and backward of one microbatch."""
+        self._is_last = last
         self._deepspeed.set_gradient_accumulation_boundary(last)
         yield
 
     def backward(self, result: LossSum) -> None:
         """Add the gradient of this microbatch's sum of losses, and the sum itself, to the step's."""
-        total = checked(result).total
-        # DeepSpeed leaves out a step whose gradients are not finite; a loss that is not is to be left out, too.
-        self._deepspeed.backward(total * torch.where(total.detach().isfinite(), 1.0, math.nan))
-        self._sums.add(result)
+        self._sums.add(checked(result), last=self._is_last)
+        self._deepspeed.backward(_poisoned_if_not_finite(result.total))
 
     def step(self, lr_scale: float) -> StepResult:
         """Divide by the targets of the whole global batch, clip, update, zero."""
         self._parts.check()
-        result, count = self._sums.weigh(torch.zeros(()), self._world.all_reduce)
+        loss, count = self._sums.finish()
         for group in self._optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
-        with self._divided_by(float(count)):
+        with self._divided_by(count):
             self._deepspeed.step()
         norm = float(self._deepspeed.get_global_grad_norm())
-        return StepResult(float(result.loss), norm, not math.isfinite(norm))
+        return StepResult(loss, norm, not math.isfinite(norm))
 
     @contextmanager
     def _divided_by(self, count: float) -> Iterator[None]:
@@ -277,6 +276,16 @@ class ZeroEngine:
         destroy(deepspeed)  # goes through the optimizer's groups
         optimizer.state.clear()
         optimizer.param_groups.clear()
+
+
+def _poisoned_if_not_finite(total: Tensor) -> Tensor:
+    """A loss with the same gradient, or with none that is finite where the loss is not.
+
+    DeepSpeed leaves out a step whose gradients are not finite; a loss that is not is to be left out, too.
+    """
+    if total.device.type == "cpu":
+        return total if math.isfinite(total.item()) else total * math.nan
+    return total * torch.where(total.detach().isfinite(), 1.0, math.nan)
 
 
 class _Participation:

@@ -73,6 +73,37 @@ class DeviceSums:
         return StepResult(loss, norm, (loss + norm).isfinite().logical_not()), divisor
 
 
+class EarlySums:
+    """Loss and count alone, summed over ranks while the last backward of the step runs.
+
+    For an engine whose own step knows the norm: both are known before that backward begins, and nobody waits for them.
+
+    Args:
+        device: Where the losses are.
+        start: Starts summing a tensor over ranks, and returns what waits for it.
+    """
+
+    def __init__(self, device: torch.device, start: Callable[[Tensor], Callable[[], object]]) -> None:
+        self._start = start
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, count
+        self._wait: Callable[[], object] = lambda: None
+
+    def add(self, result: LossSum, *, last: bool) -> None:
+        """Add a microbatch; the last one of a step sends the sums off."""
+        self._sums[0] += result.total.detach()
+        self._sums[1] += result.count
+        if last:
+            self._wait = self._start(self._sums)
+
+    def finish(self) -> tuple[float, float]:
+        """End the step: the mean loss over all ranks, and the count. Waits for the device."""
+        self._wait()
+        loss, count = self._sums.tolist()
+        self._sums.zero_()
+        count = max(count, _LEAST_COUNT)
+        return loss / count, count
+
+
 class HostSums:
     """The same as `DeviceSums`, on a CPU.
 
