@@ -47,7 +47,7 @@ class TensorImages:
         return str(Digest(self.images.numpy(), self.labels.numpy()))
 
 
-def digits(split: str, *, size: int = 8) -> TensorImages:
+def digits(split: str, *, size: int = 8, classes: Sequence[int] | None = None) -> TensorImages:
     """The 1,797 handwritten digits inside scikit-learn, 8 × 8 pixels: real data on every machine.
 
     Pixels are scaled to [0, 1], resized bilinearly, then normalised by the mean 0.3053 and standard deviation
@@ -56,6 +56,7 @@ def digits(split: str, *, size: int = 8) -> TensorImages:
     Args:
         split: Only `train`: there is no part for evaluation.
         size: Height and width to resize to.
+        classes: The digits to take, which are then the classes in this order; null takes all ten.
     """
     from sklearn.datasets import load_digits
 
@@ -75,7 +76,17 @@ def digits(split: str, *, size: int = 8) -> TensorImages:
         images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
     images = (images - _DIGITS_MEAN) / _DIGITS_STD
     labels = torch.from_numpy(found.target.astype(np.int64))
-    return TensorImages(images, labels, [str(name) for name in found.target_names])
+    if classes is None:
+        return TensorImages(images, labels, [str(name) for name in found.target_names])
+    if not classes or len(set(classes)) < len(classes) or any(digit not in range(10) for digit in classes):
+        raise DataError(
+            f"classes: {list(classes)} are not digits, each once",
+            where="data.args.classes",
+            remedy="give some of 0 to 9, as in [0, 1, 2]",
+        )
+    places = torch.full((10,), -1).scatter_(0, torch.tensor(list(classes)), torch.arange(len(classes)))
+    chosen = places[labels] >= 0
+    return TensorImages(images[chosen], places[labels[chosen]], [str(digit) for digit in classes])
 
 
 class LibraryImages:

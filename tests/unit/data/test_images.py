@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bigtrain.data import EvalLoader, TrainLoader, build, combine, create
+from bigtrain.data import EvalLoader, TrainLoader, build, combine, create, images
 from bigtrain.errors import DataError
 
 
@@ -191,3 +191,17 @@ def test_wrong_names_and_arguments(name, args, problem, remedy):
     with pytest.raises(DataError, match=problem) as caught:
         create(f"torchvision/{name}", "train", args)
     assert remedy in caught.value.remedy
+
+
+def test_some_of_the_digits():
+    whole, some = images.digits("train"), images.digits("train", classes=[7, 2])
+    assert some.class_names == ["7", "2"]
+    for place, digit in enumerate((7, 2)):
+        assert torch.equal(some.images[some.labels == place], whole.images[whole.labels == digit])
+    assert len(some) == int(((whole.labels == 7) | (whole.labels == 2)).sum())
+
+
+@pytest.mark.parametrize("classes", [[], [1, 1], [10], ["1"]])
+def test_classes_that_are_no_digits(classes):
+    with pytest.raises(DataError, match="are not digits"):
+        images.digits("train", classes=classes)
