@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from bigtrain.failures import write_error
 from bigtrain.report import report, write_report
 from bigtrain.report.comparison import compare
 from bigtrain.report.words import num_bytes, number, seconds, short
-from bigtrain.runs import write_error
 from bigtrain.tracking.reading import load_run
 from tests.helpers.run_folders import make_run
 
