@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 
 import pytest
@@ -12,8 +13,10 @@ from torch import nn
 import bigtrain
 from bigtrain import phases
 from bigtrain.checkpoint import diff, find, open_checkpoint
-from bigtrain.errors import FreezeError, ModelError
+from bigtrain.errors import FreezeError, ModelError, RunFolderError
+from bigtrain.replaying import replay
 from bigtrain.state import whole
+from bigtrain.tracking.reading import load_run
 from tests.helpers.phases import LR, STEPS, config, factor, train_plainly
 from tests.helpers.resuming import BrokenOffError, Trace, break_off, losses, stop
 
@@ -285,3 +288,18 @@ def test_a_frozen_batchnorm_left_in_train_mode_stops_the_run(tmp_path, plant):
         FreezeError, match=r"moved, and they are frozen: body\.1\.num_batches_tracked, body\.1\.running_mean"
     ):
         bigtrain.train(values, model=Normed, data=samples(), hooks=[plant(leave, after=1)])
+
+
+@pytest.mark.parametrize(("step", "first"), [(6, 5), (3, 1), (12, 9)])
+def test_steps_of_any_phase_are_replayed(unbroken, tmp_path, step, first):
+    run = bigtrain.train(config(tmp_path, checkpoint={"every_steps": None, "keep": None}))
+    rows = replay(load_run(run.path), step, lambda text: None)
+    expected = {row["step"]: row["loss"] for row in unbroken[0].history() if "loss" in row}
+    assert {row["step"]: row["loss"] for row in rows} == {at: expected[at] for at in range(first, step + 1)}
+
+
+def test_what_cannot_be_replayed_over_a_change_of_phase_is_said(tmp_path):
+    run = bigtrain.train(config(tmp_path, checkpoint={"every_steps": None, "keep": None}))
+    shutil.rmtree(run.path / "checkpoints" / "step-00000004")
+    with pytest.raises(RunFolderError, match="what trains changes after step 4"):
+        replay(load_run(run.path), 6, lambda text: None)
