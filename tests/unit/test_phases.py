@@ -147,11 +147,11 @@ def test_a_damaged_checkpoint_leads_back_into_the_phase_before(tmp_path, unbroke
     assert losses(again) == losses(run)
 
 
-@pytest.mark.parametrize("scope", ["blocks", "model"])
+@pytest.mark.filterwarnings("ignore")  # those of torch itself, while it compiles
 @pytest.mark.slow
-def test_compiled_and_recomputed_it_is_the_same(tmp_path, unbroken, scope):
+def test_compiled_and_recomputed_it_is_the_same(tmp_path, unbroken):
     run, _ = unbroken
-    again = bigtrain.train(config(tmp_path, compile=scope, activation_checkpointing="full"))
+    again = bigtrain.train(config(tmp_path, compile="blocks", activation_checkpointing="full"))
     for (_, loss, norm), (_, their_loss, their_norm) in zip(losses(again), losses(run), strict=True):
         assert loss == pytest.approx(their_loss, rel=1e-5)
         assert norm == pytest.approx(their_norm, rel=1e-5)
