@@ -18,7 +18,7 @@ matrix: install-test
 
 # The fault suite in full counts, of which `test` takes a part: kills, corruption, full disks, hangs.
 faults: install-test
-	BIGTRAIN_FAULTS=full $(PYTHON) -m pytest tests/faults tests/unit/checkpoint
+	BIGTRAIN_FAULTS=full $(PYTHON) -m pytest tests/faults tests/unit/checkpoint tests/launchers
 
 # Everything that needs a GPU, checked and measured in a few minutes.
 gpu: install-test

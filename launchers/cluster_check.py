@@ -18,7 +18,7 @@ def check_cluster() -> list[tuple[str, str, str, str]]:
     text = ask("scontrol", "show", "config")
     if not text:
         return [(WARNING, "SLURM", "its controller does not answer", "see whether `sinfo` works here")]
-    settings = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", text, re.MULTILINE))
+    settings = dict(re.findall(r"^(\w+)[ \t]*=[ \t]*(.*?)[ \t]*$", text, re.MULTILINE))
     partitions = ask("sinfo", "--noheader", "--format=%P %D %G").splitlines()
     found = [(OK, "SLURM", f"version {settings.get('SLURM_VERSION', '?')}; {'; '.join(partitions)}", "")]
     found += [*_requeueing(settings), *_preemption(settings), *_ending(settings)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -165,7 +165,7 @@ def load_profile(config: Config, run_file: Path | None = None, name: str | None 
     try:
         return Profile.model_validate(tree.plain())
     except ValidationError as error:
-        raise ConfigError([_explain(detail, tree) for detail in error.errors(include_url=False)]) from None
+        raise ConfigError(_explain(error, tree)) from None
 
 
 def find_profile(name: str, run_file: Path | None) -> Path:
@@ -186,17 +186,25 @@ def find_profile(name: str, run_file: Path | None) -> Path:
     )
 
 
-def _explain(detail: Mapping[str, Any], tree: Node) -> Problem:
-    *_, key = path = [part for part in detail["loc"] if isinstance(part, str)]
-    node, known = tree, list(Profile.model_fields)
-    for part in path:
-        node = node.child(part) or node
-    if path[0] == "container" and len(path) > 1:
-        known = list(Container.model_fields)
-    value = node.plain()
+def _explain(error: ValidationError, tree: Node) -> list[Problem]:
+    """One problem for each key; of the shapes that a value may take, the one that says most is told."""
+    found: dict[tuple[str, ...], Problem] = {}
+    for detail in error.errors(include_url=False):
+        path, node = list[str](), tree
+        for part in detail["loc"]:
+            if isinstance(part, str) and (child := node.child(part)) is not None:
+                path, node = [*path, part], child
+        if tuple(path) not in found or detail["type"] == REFUSED:
+            found[tuple(path)] = _problem(path, node, detail)
+    return list(found.values())
+
+
+def _problem(path: Sequence[str], node: Node, detail: Mapping[str, Any]) -> Problem:
+    key, value = ".".join(path), node.plain()
     if detail["type"] == "extra_forbidden":
-        near = nearest_words(key, known)
-        remedy = "one of " + ", ".join(known) if not near else "see the comments in slurm/*.yaml"
+        known = list((Container if path[0] == "container" else Profile).model_fields)
+        near = nearest_words(path[-1], known)
+        remedy = "see the comments in slurm/*.yaml" if near else "one of " + ", ".join(known)
         return Problem(f"a profile has no key {key}", node.origin, key, tuple(near), remedy)
     if detail["type"] == REFUSED:
         return Problem(f"{key}: {value!r} {detail['msg']}", node.origin, key, (), detail["ctx"]["remedy"])

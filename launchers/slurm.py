@@ -74,11 +74,10 @@ class Submission:
 
     def text(self) -> str:
         """The batch script, byte for byte as it is submitted."""
-        from submitit.slurm import slurm
-
+        slurm = _library()
         count = self.profile.array if (self.profile.array or 1) > 1 else None
         command = f"{shlex.quote(interpreter())} -u -m submitit.core._submit {shlex.quote(str(self.folder))}"
-        return slurm._make_sbatch_string(command=command, folder=self.folder, map_count=count, **self.parameters())
+        return str(slurm._make_sbatch_string(command=command, folder=self.folder, map_count=count, **self.parameters()))
 
     def words(self) -> str:
         """The resources in a line of plain words."""
@@ -89,9 +88,10 @@ class Submission:
         nodes = f"{plan.nodes} node{'s' if plan.nodes > 1 else ''}"
         many = f" × {profile.array} allocations, one after the other" if profile.array else ""
         total = plan.nodes * per_node * minutes / 60 * (profile.array or 1)
+        most = f"{total:,.0f}" if total >= 10 else f"{total:.3g}"
         return (
             f"{nodes} × {per_node} {units}{'s' if per_node > 1 else ''}, {plan.num_processes} "
-            f"process{'es' if plan.num_processes > 1 else ''}, {lasts}{many}, {total:.3g} {units}-hours at most"
+            f"process{'es' if plan.num_processes > 1 else ''}, {lasts}{many}, {most} {units}-hours at most"
             + (" before it is requeued" if profile.requeue and not profile.array else "")
         )
 
@@ -150,6 +150,7 @@ def submit(submission: Submission, job: Job) -> str:
     Raises:
         SetupError: Where the scheduler refuses it.
     """
+    _library()
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -163,6 +164,19 @@ def submit(submission: Submission, job: Job) -> str:
     number = str(first.job_id).partition("_")[0]
     write_atomically(submission.folder / JOB_NOTE, json.dumps({"job": number, "name": submission.name}) + "\n")
     return number
+
+
+def _library() -> Any:
+    """What submitit knows of SLURM.
+
+    Raises:
+        SetupError: Where it is not installed.
+    """
+    try:
+        from submitit.slurm import slurm
+    except ModuleNotFoundError:
+        raise SetupError("submitit is not installed", remedy='pip install "bigtrain[slurm]"') from None
+    return slurm
 
 
 def _raw(options: Sequence[str]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def ports() -> list[Finding]:
 def disk(folder: Path) -> list[Finding]:
     """Free space, speed and kind of the disk of the run folders."""
     there = folder.absolute()
-    while not there.exists():
+    while not os.path.exists(there):
         there = there.parent
     if not os.access(there, os.W_OK | os.X_OK):
         return [

@@ -229,8 +229,7 @@ def test_a_data_worker_that_stalls(tmp_path: Path) -> None:
     assert re.search(r"rank \d is.*: waiting for data at \S*stalling.py:\d+ in sample", done.stderr)
 
 
-@pytest.mark.skipif(not IS_FULL, reason="fifty kills take half an hour: make faults")
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", range(50 if IS_FULL else 1))
 def test_kills_at_random(tmp_path: Path, whole: list[dict[str, object]], seed: int) -> None:
     """Up to three random ranks of a run are killed at random times, now and then the launcher or all ranks at once."""
     choose = random.Random(seed)
