@@ -11,8 +11,8 @@ import pytest
 
 import bigtrain
 from bigtrain.checkpoint import find, verify
-from bigtrain.checkpoint.files import DISK
 from bigtrain.errors import DiskFullError
+from tests.helpers.faulty import before_file_operations
 from tests.helpers.resuming import STEPS, config, losses
 
 pytestmark = pytest.mark.slow
@@ -94,18 +94,15 @@ def test_too_little_room_is_known_before_the_first_step(tmp_path, small_disk):
 
 def test_a_disk_that_stands_still_does_not_stop_the_training(tmp_path):
     """In the background a save may take its time: steps go on until the next one is due."""
-    before, goes_on = DISK.before, threading.Event()
+    goes_on = threading.Event()
     waited = []
 
     def stall(operation: str, path: Path) -> None:
         if operation == "sync" and "step-00000004" in str(path):
             waited.append(goes_on.wait(60))
 
-    try:
-        DISK.before = stall
+    with before_file_operations(stall):
         made = values(tmp_path, tmp_path / "disk")
         bigtrain.train(made, hooks=[lambda info: goes_on.set() if info.step == 7 else None])
-    finally:
-        DISK.before = before
     assert waited
     assert all(waited)  # step 7 came while the disk stood still

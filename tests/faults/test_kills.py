@@ -20,12 +20,11 @@ import torch
 
 import bigtrain
 from bigtrain.checkpoint import diff, find, open_checkpoint, verify
-from bigtrain.checkpoint.files import DISK
 from bigtrain.errors import BigtrainError
 from bigtrain.tracking.reading import read_rows
 from tests.helpers.checkpoints import in_a_fork
 from tests.helpers.distributed import run_distributed
-from tests.helpers.faulty import FULL
+from tests.helpers.faulty import FULL, before_file_operations
 from tests.helpers.resuming import config
 
 pytestmark = pytest.mark.slow
@@ -79,8 +78,8 @@ def killed_before(operation: int, folder: Path) -> Callable[[], None]:
                 if counter["at"] == operation:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        DISK.before = die
-        train(folder)
+        with before_file_operations(die):
+            train(folder)
 
     return body
 
