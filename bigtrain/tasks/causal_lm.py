@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from bigtrain.errors import CombinationError, DataError, ModelError
 from bigtrain.protocols import Batch, LossSum
 from bigtrain.tasks.inspection import sample, try_on
-from bigtrain.tasks.metrics import LossMean
 from bigtrain.tasks.tensors import at_least_fp32, describe, mismatch, outputs, valid_part
 
 IGNORED = -100  # torch's default for a target that does not count
@@ -192,6 +191,8 @@ class CausalLMMetrics:
     """The mean loss of a token, its exponential (the perplexity), and the number of tokens that counted."""
 
     def __init__(self) -> None:
+        from bigtrain.tasks.metrics import LossMean  # torchmetrics takes long to import: not before a step
+
         self._mean = LossMean()
         self._mean.update(LossSum(torch.zeros(()), 0.0))  # else torchmetrics warns of a state without one
 

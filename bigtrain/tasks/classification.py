@@ -7,35 +7,23 @@ counts that do not depend on how samples were spread over ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassConfusionMatrix,
-    MulticlassF1Score,
-    MulticlassPrecision,
-    MulticlassRecall,
-)
 
 from bigtrain.errors import DataError, ModelError, UserError
-from bigtrain.protocols import Batch, LossSum
-from bigtrain.tasks.inspection import pair, sample, try_on
-from bigtrain.tasks.metrics import SizedMetrics, summed_over_ranks
+from bigtrain.protocols import Batch, LossSum, Metrics
+from bigtrain.tasks.inspection import pair, try_on
+from bigtrain.tasks.labels import check_labels, is_known
 from bigtrain.tasks.pictures import data_uri, is_picture
 from bigtrain.tasks.tensors import at_least_fp32, describe, mismatch, outputs, valid_part
 
 # torch ignores the label -100 unless told otherwise; where the user ignores none, this one cannot come by
 # mistake.
 _NO_LABEL = -(2**62)
-
-# Up to here there is a confusion matrix among the results (32 MiB).
-_MATRIX_CLASSES = 2048
 
 
 class Classification:
@@ -84,7 +72,7 @@ class Classification:
         try:
             total, count = self._sums(*valid) if logits.device.type == "cpu" else self._guarded_sums(*valid)
         except IndexError:
-            _check_labels(valid[1], logits.shape[1], self._ignored, batch.indices)
+            check_labels(valid[1], logits.shape[1], self._ignored, batch.indices)
             raise
         return LossSum(total, count, preds=logits, target=labels)
 
@@ -110,7 +98,7 @@ class Classification:
 
         CUDA's own answer to such a label ends every later call of the process, and names no reason.
         """
-        known = _is_known(labels, logits.shape[1], self._ignored)
+        known = is_known(labels, logits.shape[1], self._ignored)
         total, count = self._sums(logits, labels.where(known, 0))
         return torch.where(known.all(), total, math.nan), count
 
@@ -122,8 +110,10 @@ class Classification:
             self._weights = torch.tensor(self.class_weights, device=logits.device, dtype=logits.dtype)
         return self._weights
 
-    def metrics(self) -> ClassificationMetrics:
+    def metrics(self) -> Metrics:
         """A fresh accumulator for one evaluation."""
+        from bigtrain.tasks.scores import ClassificationMetrics  # torchmetrics takes long to import: not before a step
+
         return ClassificationMetrics(self.num_classes, self._ignored)
 
     def examples(self, result: LossSum, batch: Batch, most: int) -> list[dict[str, Any]]:
@@ -169,7 +159,7 @@ class Classification:
                 remedy="return logits (samples, classes)",
             )
         self._check_classes(logits.shape[1])
-        _check_labels(valid_part(labels, batch), logits.shape[1], self._ignored, batch.indices)
+        check_labels(valid_part(labels, batch), logits.shape[1], self._ignored, batch.indices)
 
     def _check_classes(self, num_outputs: int) -> None:
         if self.num_classes not in (None, num_outputs):
@@ -186,22 +176,6 @@ class Classification:
             )
 
 
-def _is_known(labels: Tensor, num_classes: int, ignored: int) -> Tensor:
-    return ((labels >= 0) & (labels < num_classes)) | (labels == ignored)
-
-
-def _check_labels(labels: Tensor, num_classes: int, ignored: int, indices: Sequence[int]) -> None:
-    known = _is_known(labels, num_classes, ignored)
-    for position in (~known).nonzero().flatten().tolist():
-        raise DataError(
-            f"label {labels[position]} of {sample(indices, position)} is none of the {num_classes} classes "
-            f"0 to {num_classes - 1}",
-            where="data",
-            remedy="correct the labels, give the model more outputs (model.args.num_classes),\n"
-            "or leave samples with that label out by task.args.ignore_index",
-        )
-
-
 def _check_arguments(num_classes: object, label_smoothing: object, class_weights: object) -> None:
     if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
         remedy = "give a whole number of at least 1"
@@ -216,87 +190,3 @@ def _check_arguments(num_classes: object, label_smoothing: object, class_weights
         if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
             where, remedy = "task.args.class_weights", "give a list of numbers, 0 or more, one for each class"
             raise UserError(f"{weight!r} is among the class weights", where=where, remedy=remedy)
-
-
-class ClassificationMetrics(SizedMetrics):
-    """Accuracy, macro precision, recall and F1, recall by class, confusion matrix by label and prediction.
-
-    Predictions and labels are kept, 16 bytes a sample, and counted when results are computed. At every update
-    torchmetrics would fill a matrix of classes × classes, and wait for the device several times.
-
-    Args:
-        num_classes: How many classes there are; the first microbatch tells if it is left out.
-        ignored: A label whose samples do not count.
-    """
-
-    def __init__(self, num_classes: int | None, ignored: int) -> None:
-        super().__init__(num_classes)
-        self._ignored = ignored
-        self._uncounted: list[Tensor] = []  # each (2, n): predictions, labels
-        self._indices: list[int] = []
-
-    def update(self, result: LossSum, batch: Batch) -> None:
-        """Add one microbatch; samples of weight 0 do not count."""
-        assert result.preds is not None
-        assert result.target is not None
-        logits, labels = valid_part(result.preds, batch), valid_part(result.target, batch)
-        self._size = logits.shape[1]
-        self._uncounted.append(torch.stack((logits.argmax(dim=1), labels.long())))
-        self._indices.extend(batch.indices[: batch.num_valid])
-
-    def compute(self) -> dict[str, Any]:
-        """Sum over all ranks; return floats, and tensors on the host, by name. Every rank must call it.
-
-        Raises:
-            DataError: Naming the sample whose label is outside the classes.
-        """
-        if self._uncounted:
-            predicted, labels = torch.cat(self._uncounted, dim=1)
-            _check_labels(labels, self._size, self._ignored, self._indices)
-            state = self._sized(self._size)
-            if len(labels):
-                with _counting():
-                    state.update(predicted, labels)
-            self._uncounted.clear()
-            self._indices.clear()
-        return super().compute()
-
-    def _make(self, size: int) -> MetricCollection:
-        args: dict[str, Any] = {
-            "num_classes": size,
-            "ignore_index": self._ignored,
-            "validate_args": False,  # it would look for wrong labels less thoroughly than `compute` does
-            "dist_sync_fn": summed_over_ranks,
-        }
-        scores: dict[str, Metric | MetricCollection] = {
-            "accuracy": MulticlassAccuracy(average="micro", **args),
-            "precision": MulticlassPrecision(average="macro", **args),
-            "recall": MulticlassRecall(average="macro", **args),
-            "f1": MulticlassF1Score(average="macro", **args),
-            # A class that was never a label has no recall.
-            "recall_per_class": MulticlassRecall(average=None, zero_division=math.nan, **args),
-        }
-        for score in scores.values():
-            score.set_dtype(torch.float64)  # torchmetrics divides in the dtype of its sums, integers in float32
-        if size <= _MATRIX_CLASSES:
-            scores["confusion_matrix"] = MulticlassConfusionMatrix(**args)
-        collection = MetricCollection(scores)
-        # A sample that does not count, as torchmetrics cannot take none.
-        collection.update(torch.tensor([0]), torch.tensor([self._ignored]))
-        return collection
-
-
-@contextmanager
-def _counting() -> Iterator[None]:
-    """Let torchmetrics count by `bincount`, which is exact for integers on any device.
-
-    Under deterministic algorithms it compares each sample with each cell of the matrix instead: 400 GB for
-    50,000 samples and 1,000 classes.
-    """
-    is_deterministic = torch.are_deterministic_algorithms_enabled()
-    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(is_deterministic, warn_only=only_warns)

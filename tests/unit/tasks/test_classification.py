@@ -20,7 +20,7 @@ from torchmetrics.classification import (
 from bigtrain import tasks
 from bigtrain.errors import DataError, ModelError, UserError
 from bigtrain.protocols import Batch
-from bigtrain.tasks import classification
+from bigtrain.tasks import scores as scoring
 from bigtrain.tasks.classification import Classification
 
 CLASSES = 5
@@ -218,7 +218,7 @@ def test_scores_written_out():
 def test_very_many_classes_are_counted_without_a_matrix(monkeypatch):
     logits, labels = logits_and_labels(61, 40)
     expected = evaluate(Classification(), logits, labels)
-    monkeypatch.setattr(classification, "_MATRIX_CLASSES", 39)
+    monkeypatch.setattr(scoring, "_MATRIX_CLASSES", 39)
     scores = evaluate(Classification(), logits, labels)
     assert "confusion_matrix" in expected
     assert "confusion_matrix" not in scores
