@@ -143,6 +143,9 @@ class Loop:
             CombinationError: After the first step, where the model's buffers differ between ranks.
         """
         first = self.outcome.steps + 1
+        if self._is_done() and self._eval_batches is not None:
+            # There was more than is asked for now, or what this state came to was not written: it is measured again.
+            self.outcome.evaluation = self._evaluate(self.outcome.steps, self.outcome.position[0])
         try:
             with stop_on_signals(self._agreement):
                 while not (self._is_done() or self._ends_phase() or self.outcome.stopped):
@@ -220,7 +223,8 @@ class Loop:
             self._saver.save(self.outcome)
             self._meter.saved(time.perf_counter() - began)
         self.outcome.num_skipped = self._watch.num_skipped
-        self.outcome.stopped, self.outcome.again = agreed.stop, agreed.again
+        is_left = not self._is_done()  # a run that has come to its end is done, whoever asks it to stop
+        self.outcome.stopped, self.outcome.again = agreed.stop and is_left, agreed.again and is_left
 
     def _after(self, result: StepResult, data: TrainBatch, lr_scale: float) -> None:
         step, cadence = self.outcome.steps, self._cadence
@@ -271,7 +275,7 @@ class Loop:
         self._note(EVALUATING)
         batches = (self._move(batch) for batch in self._eval_batches())
         self.examples = Examples(self._task)
-        look = self.examples.look if self._world.is_main and step == self._cadence.total_steps else None
+        look = self.examples.look if self._world.is_main and step >= self._cadence.total_steps else None
         numbers = evaluate(self._engine, self._watched, batches, self._world, look)
         self._meter.pause(time.perf_counter() - began)  # throughput is that of training
         scalars, now = _scalars(numbers), round(time.time(), 3)

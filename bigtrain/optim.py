@@ -78,13 +78,20 @@ class OptimizerPlan:
 
     def bytes_per_element(self) -> float:
         """What the optimizer keeps for each element of a float32 parameter, found by one step on a small one."""
-        total, tried = 0, torch.ones(8, 16, requires_grad=True)
+        tried = torch.ones(8, 16, requires_grad=True)
+        kept = self._after_one_step(tried).values()
+        return sum(value.nbytes for value in kept if isinstance(value, Tensor) and value.ndim) / tried.numel()
+
+    def slots(self, ndim: int) -> set[str]:
+        """The names of the tensors that it keeps for a parameter of so many dimensions, found likewise."""
+        kept = self._after_one_step(torch.ones((2,) * ndim, requires_grad=True))
+        return {name for name, value in kept.items() if isinstance(value, Tensor)}
+
+    def _after_one_step(self, tried: Tensor) -> Mapping[str, Any]:
         optimizer = self.cls([tried], **self.args)
         tried.grad = torch.zeros_like(tried)
         optimizer.step()
-        for value in optimizer.state[tried].values():
-            total += value.nbytes if isinstance(value, Tensor) and value.ndim else 0
-        return total / tried.numel()
+        return dict(optimizer.state[tried])
 
     def param_groups(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         """The groups as an optimizer takes them, each with its parameters' names and its own rate besides."""

@@ -95,8 +95,11 @@ def _load(training: Training, path: Path | None, tell: Say) -> Outcome:
         kept = reader.extra
         training.engine.load(fitted(reader, training, is_tuned=False))
         tell(f"from step {reader.step}: {path}")
-        if reader.num_writers == training.world.size:
-            set_random_state(reader.own(training.world.rank)["random"], training.world.device)
+        own = reader.own(training.world.rank) if reader.num_writers == training.world.size else {}
+        if "random" in own:
+            set_random_state(own["random"], training.world.device)
+        elif reader.num_writers == training.world.size:
+            tell("the checkpoint was brought in: random numbers (dropout's) are other ones here")
         else:
             tell(f"the run had {reader.num_writers} processes: random numbers (dropout's) are other ones here")
         outcome = Outcome(reader.step, kept["samples"], position=(kept["position"][0], kept["position"][1]))

@@ -8,7 +8,7 @@ are drawn anew from (seed, rank, step): there is no stream that they could go on
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from bigtrain.finetune.freeze import phase_at
 from bigtrain.prepare import seed_everything
 from bigtrain.progress import Outcome
 from bigtrain.saving import Source
-from bigtrain.state import Box, Reader, TensorSpec
+from bigtrain.state import WEIGHT, Box, Reader, TensorSpec
 from bigtrain.trainer import Training
 
 # What a run cannot change when it goes on, and why not.
@@ -39,6 +39,8 @@ _FIXED = {
 }
 # What says where and how a run is kept, not what it computes: a change of it is not worth a word.
 _UNSAID = ("run.name", "run.dir", "launch", "track", "checkpoint", "profile")
+
+Key = tuple[str, str]
 
 _LARGEST_KEPT = 10_000  # elements of a tensor among an evaluation's numbers
 
@@ -108,8 +110,9 @@ def resume(training: Training, folder: Path) -> Resumed | None:
 
     def load(reader: Reader) -> None:
         kept: Mapping[str, Any] = reader.extra  # type: ignore[attr-defined]
+        _refuse_brought_in(kept, folder)
         changes[:] = _changes(kept, config)
-        _refuse_changes(changes, kept, training, folder)
+        _refuse_changes(changes, kept, training, folder, reader.index)
         phase = phase_at(config.finetune, kept["steps"], kept["position"][0])
         if phase != training.phase:
             raise OtherPhaseError(phase)
@@ -128,13 +131,13 @@ def resume(training: Training, folder: Path) -> Resumed | None:
             num_skipped=kept["num_skipped"],
             position=(kept["position"][0], kept["position"][1]),
         )
-        is_same_size = reader.num_writers == world.size
-        if is_same_size:
+        has_random = reader.num_writers == world.size and "random" in reader.own(world.rank)
+        if has_random:
             set_random_state(reader.own(world.rank)["random"], world.device)
         else:
             word = xxhash.xxh64_intdigest(f"{config.run.seed}/{world.rank}/{reader.step}".encode())
             seed_everything(word >> 1)
-        return Resumed(outcome, reader.path, list(_words(reader, changes, is_same_size)))
+        return Resumed(outcome, reader.path, list(_words(reader, changes, world.size, has_random=has_random)))
 
 
 def phase_of(path: Path, config: Config) -> int:
@@ -164,13 +167,26 @@ def _changes(kept: Mapping[str, Any], config: Config) -> list[Change]:
     return diff(before, loads(dump(config)))
 
 
-def _refuse_changes(changes: list[Change], kept: Mapping[str, Any], training: Training, folder: Path) -> None:
+def _refuse_brought_in(kept: Mapping[str, Any], folder: Path) -> None:
+    """Refuse what another library wrote: it has no place in the data."""
+    if "config" not in kept:
+        raise RunFolderError(
+            "the newest checkpoint was brought in: it is weights to start from, and no run to go on with",
+            where=str(folder),
+            remedy="take it out of this folder, and begin a run with finetune.init_from=<its path>",
+        )
+
+
+def _refuse_changes(
+    changes: list[Change], kept: Mapping[str, Any], training: Training, folder: Path, index: Collection[Key]
+) -> None:
     wrong = [
         f"{change.key} was {change.before!r} and is {change.after!r}: {why}"
         for change in changes
         for key, why in _FIXED.items()
         if change.key == key or change.key.startswith(key + ".")
     ]
+    wrong += _lacking(changes, training, index)
     if kept["fingerprint"] != training.fingerprint:
         wrong.append("the data are not those that the run has been trained on: their fingerprint has changed")
     if wrong:
@@ -181,15 +197,32 @@ def _refuse_changes(changes: list[Change], kept: Mapping[str, Any], training: Tr
         )
 
 
-def _words(reader: CheckpointReader, changes: list[Change], is_same_size: bool) -> Iterator[str]:
+def _lacking(changes: list[Change], training: Training, index: Collection[Key]) -> Iterator[str]:
+    """What the optimizer's arguments, having changed, ask of its state that a checkpoint does not hold."""
+    if not any(change.key.startswith("optim.args") for change in changes):
+        return
+    held: dict[str, set[str]] = {}
+    for kind, name in index:
+        held.setdefault(name, set()).add(kind)
+    dims = {piece.name: len(piece.shape) for piece in training.engine.state().pieces if piece.kind == WEIGHT}
+    for name in (name for group in training.plan.groups for name in group.names):
+        missing = training.plan.slots(dims.get(name, 1)) - held.get(name, set()) - {"momentum_buffer"}  # begins at zero
+        if missing and len(held.get(name, ())) > 1:
+            yield f"optim.args has changed: the optimizer needs {', '.join(sorted(missing))} now, which it never kept"
+            return
+
+
+def _words(reader: CheckpointReader, changes: list[Change], size: int, *, has_random: bool) -> Iterator[str]:
     kept = reader.extra
     ranks = f"{kept['world_size']} process{'es' if kept['world_size'] > 1 else ''}"
     yield f"going on from step {reader.step}, saved by {kept['engine']} on {ranks}: {reader.path}"
     said = [change for change in changes if not any(change.key.startswith(key) for key in _UNSAID)]
     for change in said:
         yield f"changed: {change.key} was {change.before!r} and is {change.after!r}"
-    if not is_same_size:
-        yield "the number of processes is another: random numbers (dropout's) are drawn anew"
+    if not has_random:
+        was_brought_in = reader.num_writers == size
+        why = "the checkpoint was brought in" if was_brought_in else "the number of processes is another"
+        yield f"{why}: random numbers (dropout's) are drawn anew"
 
 
 def _kept(value: Any) -> Any:

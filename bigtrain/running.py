@@ -168,8 +168,9 @@ def _run(
     telling = Telling()
     if is_main:
         done = resumed.outcome.steps if resumed else 0
+        words = [*phases.words, *([] if resumed else _word_of_loss(folder))]
         telling = begin_telling(
-            phases.training, folder, done, phases.words, lambda: failing.outcome.steps if failing.outcome else done
+            phases.training, folder, done, words, lambda: failing.outcome.steps if failing.outcome else done
         )
         if phases.started:
             write_atomically(folder.path / "init_report.json", json.dumps(phases.started.as_dict(), indent=1) + "\n")
@@ -188,6 +189,14 @@ def _run(
         raise
     finally:
         telling.close()
+
+
+def _word_of_loss(folder: runs.RunFolder) -> list[str]:
+    """That a run begins anew, though it had begun: it never does so in silence."""
+    with suppress(OSError):
+        if folder.metrics.stat().st_size:
+            return [f"this run has begun before, and left no checkpoint in {folder.checkpoints}: it begins anew"]
+    return []
 
 
 def _all_phases(

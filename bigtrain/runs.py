@@ -87,6 +87,7 @@ class RunFolder:
                 os.replace(path / _RESULT, attempt / f"earlier-{_RESULT}")
             write_atomically(path / CONFIG, config_yaml)
         except OSError as error:
+            give_back(attempt)  # this process may live on, as a notebook's does, and try again
             raise _cannot("write to", path, error) from error
         return cls(path, attempt)
 
@@ -154,9 +155,11 @@ def check_free(folder: str | Path, name: str, allowed: Allowed = Allowed()) -> N
     if _RESULT in held and not allowed.finished:
         way_on = "raise train.steps or train.epochs to go on"
         raise _taken(path, f"the run {name} is finished: {_summary(path)}", way_on)
-    if CONFIG in held and not allowed.unfinished:
+    # Also without its config.yaml: a new run's checkpoints must not mix with those that are there.
+    has_begun = CONFIG in held or bool(_ATTEMPTS in held and _names(checkpoints_of(path)))
+    if has_begun and not allowed.unfinished:
         raise _taken(path, f"the run {name} has begun and not finished", "set checkpoint.resume=auto to go on")
-    if CONFIG in held:
+    if has_begun:
         if not os.access(path, os.W_OK | os.X_OK):
             raise RunFolderError(f"no permission to write in {path}", remedy="set run.dir to a folder of your own")
         return
@@ -205,6 +208,10 @@ def attempts(path: Path) -> list[Path]:
     """The attempts of a run, the first one first."""
     found = [entry for entry in (path / _ATTEMPTS).glob("*") if entry.name.isdecimal()]
     return sorted(found, key=lambda entry: int(entry.name))
+
+
+def _names(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []
 
 
 def checkpoints_of(path: Path) -> Path:

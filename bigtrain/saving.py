@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,8 @@ class Keeper:
         step, self._saved_at = outcome.steps, time.monotonic()
         if step == self._saved_step:
             return
+        if self._background:  # what came of the last one is told, and this one is saved whatever that was
+            self._hear(partial(self._background.wait, before=step))
         content = {"extra": self._source.extra(outcome), "own": self._source.own()}
         self._began[step] = time.monotonic()
         try:
@@ -166,25 +169,27 @@ class Keeper:
             SaveError: On all ranks, why it was not: the training cannot go on without it.
         """
         self.settle()
-        self.save(outcome)
-        self.settle()
-        if self._saved_step != outcome.steps:
-            raise DiskFullError(
-                "the disk has no room for the checkpoint from which the next phase goes on",
-                where=str(self._folder),
-                remedy="make room, and start the run again",
-            )
+        self._save_at_last(outcome, "the checkpoint from which the next phase goes on")
 
     def finish(self, outcome: Outcome) -> None:
         """Save the state at the end, if it is wanted and is not saved yet, and wait until it is on the disk.
 
         Raises:
-            SaveError: On all ranks, why it was not.
+            SaveError: On all ranks, why it was not, whatever `on_full` says: there is no later.
         """
         self.settle()
         if outcome.stopped or self._policy.at_end:
-            self.save(outcome)
-            self.settle()
+            self._save_at_last(outcome, "the last checkpoint, without which what was trained is lost")
+
+    def _save_at_last(self, outcome: Outcome, what: str) -> None:
+        self.save(outcome)
+        self.settle()
+        if self._saved_step != outcome.steps:  # on_full=continue has nothing to continue with
+            raise DiskFullError(
+                f"the disk has no room for {what}",
+                where=str(self._folder),
+                remedy="make room, and start the run again",
+            )
 
     def settle(self) -> None:
         """Wait for what is being written, and save nothing more."""
@@ -224,7 +229,11 @@ class Keeper:
         if not self._world.is_main:
             return
         step = int(path.name.removeprefix("step-"))
-        num_bytes = sum(entry.stat().st_size for entry in path.iterdir())
+        try:
+            num_bytes = sum(entry.stat().st_size for entry in path.iterdir())
+        except OSError as error:  # somebody has moved it: that is no reason to stop
+            _log.warning("the checkpoint of step %d was written, and is not there any more: %s", step, error)
+            return
         seconds = time.monotonic() - self._began.pop(step, time.monotonic())
         self._tell({"step": step, "event": "checkpoint", "path": str(path), "bytes": num_bytes, "seconds": seconds})
 

@@ -117,7 +117,7 @@ class Training:
 
     def go_on_from(self, done: Outcome) -> None:
         """Count the steps that are left from where the run is, which a change of the batch size moves."""
-        self.cadence = _cadence(self.config, self.train.steps_per_epoch, done)
+        self.cadence = _cadence(self.config, self.train, done)
         self.schedule = _schedule(self.config, self.cadence, self.train)
 
     def unreached(self) -> int:
@@ -168,7 +168,7 @@ def assemble(
     compiled = _compile(config, name, prepared)
     choices = _choices(config, prepared, compiled)
     engine = engines.build(name, prepared.model, prepared.blocks, plan, world, choices)
-    cadence = _cadence(config, train.steps_per_epoch)
+    cadence = _cadence(config, train)
     schedule = _schedule(config, cadence, train)
     # From here on random numbers are each rank's own: dropout must differ between ranks.
     seed_everything(config.run.seed + world.rank)
@@ -387,10 +387,12 @@ def _schedule(config: Config, cadence: Cadence, train: TrainLoader) -> Schedule:
     return make_schedule(config.optim.schedule, total_steps=cadence.total_steps, steps_per_epoch=steps_per_epoch)
 
 
-def _cadence(config: Config, steps_per_epoch: int, done: Outcome | None = None) -> Cadence:
+def _cadence(config: Config, train: TrainLoader, done: Outcome | None = None) -> Cadence:
     epoch, offset = done.position if done else (0, 0)
-    taken = -(-offset // config.data.batch_size)  # steps of this epoch
-    left = max(0, ((config.train.epochs or 0) - epoch) * steps_per_epoch - taken)
+    # What is left of the epoch is counted, not what was: a batch size that has changed need not divide that.
+    left_of_epoch = -(-(train.num_samples - offset) // config.data.batch_size)
+    epochs = (config.train.epochs or 0) - epoch
+    left = left_of_epoch + (epochs - 1) * train.steps_per_epoch if epochs > 0 else 0
     return Cadence(
         total_steps=config.train.steps or (done.steps if done else 0) + left,
         log_every=config.track.log_every,

@@ -104,9 +104,7 @@ class Background:
         Raises:
             SaveError: Why the last checkpoint was not written; this one is not begun then.
         """
-        if self._thread and self._thread.is_alive() and self._world.is_main:
-            _log.warning("step %d: waiting for the last checkpoint; they are due faster than the disk takes them", step)
-        self.wait()
+        self.wait(before=step)
         copy, ready, fits = self._prepared(state)
         kept = deepcopy({"extra": extra, "own": own})
 
@@ -146,12 +144,18 @@ class Background:
         self._work = dist.all_reduce(self._num_done, group=self._world.group, async_op=True)
         return None
 
-    def wait(self) -> Path | None:
+    def wait(self, *, before: int | None = None) -> Path | None:
         """Wait until nothing is being written: the checkpoint that has been committed. Every rank must call it.
+
+        Args:
+            before: The step whose checkpoint is due already: that the training waits is said then.
 
         Raises:
             SaveError: Why it was not written.
         """
+        if before is not None and self._thread and self._thread.is_alive() and self._world.is_main:
+            words = "step %d: waiting for the last checkpoint; they are due faster than the disk takes them"
+            _log.warning(words, before)
         if self._work is not None:
             self._work.wait()
             self._work = None

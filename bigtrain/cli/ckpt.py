@@ -160,11 +160,12 @@ def prune(
     from bigtrain.checkpoint import prune as remove
     from bigtrain.errors import RunFolderError
 
-    holder = lease.live_holder(path)
-    if holder:
-        raise RunFolderError(
-            f"the run {path.name} is in use by {holder}", remedy="it prunes by itself: checkpoint.keep"
-        )
+    for run in (path, path.resolve().parent):  # a run's folder, or its checkpoints/
+        holder = lease.live_holder(run)
+        if holder:
+            raise RunFolderError(
+                f"the run {run.name} is in use by {holder}", remedy="it prunes by itself: checkpoint.keep"
+            )
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if not folder.is_dir():
         raise RunFolderError(f"there is no folder {folder}", remedy="give a run's folder")

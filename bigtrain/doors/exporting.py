@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from bigtrain.config.loader import loads
 from bigtrain.doors import names
 from bigtrain.doors.kept import as_text
 from bigtrain.doors.memory import tensor_for
-from bigtrain.errors import CheckpointError, SetupError
+from bigtrain.errors import CheckpointError, SaveError, SetupError
 from bigtrain.models import build
 from bigtrain.state import BUFFER, WEIGHT, whole
 
@@ -44,11 +45,23 @@ def export(reader: CheckpointReader, out: Path, form: str, progress: Progress = 
 
     Raises:
         CheckpointError: Where something is there, or this checkpoint cannot be given that form.
+        SaveError: Where it cannot be written.
     """
     out = Path(out)
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise CheckpointError(f"{out} is there already", where=str(out), remedy="give another name, or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _export(reader, out, form, progress)
+    except OSError as error:
+        raise SaveError(
+            f"cannot write {out}: {error.strerror or error}",
+            where=str(out),
+            remedy="give another place, with room for it; nothing was left behind",
+        ) from error
+
+
+def _export(reader: CheckpointReader, out: Path, form: str, progress: Progress) -> None:
     aside = out.with_name(f".{out.name}.part-{os.getpid()}")
     try:
         _WRITERS[form](_Watched(reader, progress), aside)
@@ -56,7 +69,8 @@ def export(reader: CheckpointReader, out: Path, form: str, progress: Progress = 
     finally:
         if aside.is_dir():
             shutil.rmtree(aside)
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 class _Watched:

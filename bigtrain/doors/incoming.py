@@ -91,7 +91,7 @@ def _kept(reader: ForeignReader) -> dict[str, Any]:
     if isinstance(reader, TorchReader):
         content = reader.content
         step = content.get("step")
-        found: dict[str, Any] = {"step": step} if isinstance(step, int) else {}
+        found: dict[str, Any] = {"step": step} if isinstance(step, int) and 0 <= step < 10**18 else {}
         text = content.get("bigtrain")
         return found | ({"extra": from_text(text)} if isinstance(text, str) else {})
     return dict(getattr(reader, "kept", {}))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bigtrain.errors import CheckpointError
+from bigtrain.errors import CheckpointError, CorruptError
 
 _OUTPUT = "lm_head.weight"
 
@@ -31,6 +31,8 @@ _PLAIN = {
     "hidden_act": "silu",
     "pretraining_tp": 1,
 }
+# What must be said: without it nothing can be built.
+_SAID = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
 def is_llama(config: Mapping[str, Any]) -> bool:
@@ -71,8 +73,12 @@ def gpt_args(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     Raises:
         CheckpointError: Where it is a Llama that our gpt cannot be.
+        CorruptError: Where its sizes are no numbers.
     """
+    config = {key: value for key, value in config.items() if value is not None}  # null: not said
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0)) if isinstance(rope, Mapping) else rope
+    _check_numbers({**{key: config[key] for key in _LLAMA if key in config}, "rope_theta": theta}, where)
     unlike = [f"{key}={config[key]!r}" for key, value in _PLAIN.items() if config.get(key, value) != value]
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
@@ -80,10 +86,22 @@ def gpt_args(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     heads = config.get("num_attention_heads", 1)
     if config.get("head_dim") not in (None, config.get("hidden_size", 0) // heads):
         unlike.append(f"head_dim={config['head_dim']!r}")
-    missing = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers") if key not in config]
+    missing = [key for key in _SAID if key not in config]
     if unlike or missing:
-        said = f"it has {', '.join(unlike)}" if unlike else f"it does not say {', '.join(missing)}"
+        said = f"it does not say {', '.join(missing)}" if missing else f"it has {', '.join(unlike)}"
         raise CheckpointError(f"this Llama is none that gpt can be: {said}", where=where)
     args = {ours: config[theirs] for theirs, ours in _LLAMA.items() if theirs in config}
     args.setdefault("kv_heads", args["heads"])
-    return {**args, "rope_theta": float(rope.get("rope_theta", config.get("rope_theta", 10_000.0)))}
+    return {**args, "rope_theta": float(theta)}
+
+
+def _check_numbers(given: Mapping[str, Any], where: str) -> None:
+    """Refuse a config.json, which anybody may have written, whose sizes are none."""
+    wrong = [
+        f"{key}={value!r}"
+        for key, value in given.items()
+        if not isinstance(value, int | float if key in ("rms_norm_eps", "rope_theta") else int)
+        or (value <= 0 and key != "tie_word_embeddings")
+    ]
+    if wrong:
+        raise CorruptError(f"config.json says {', '.join(wrong)}", where=where, remedy="put right what it says")

@@ -25,9 +25,10 @@ def load(path: Path) -> Any:
         CorruptError: Where it is no such file.
     """
     try:
-        return torch.load(path, weights_only=False, mmap=True, map_location="cpu")
-    except RuntimeError:
-        return torch.load(path, weights_only=False, map_location="cpu")  # an old file, which cannot be mapped
+        try:
+            return torch.load(path, weights_only=False, mmap=True, map_location="cpu")
+        except RuntimeError:
+            return torch.load(path, weights_only=False, map_location="cpu")  # an old file, which cannot be mapped
     except Exception as error:
         raise CorruptError(f"{path} cannot be read: {error}", where=str(path)) from error
 

@@ -139,6 +139,12 @@ class SafetensorsReader:
                 if name is None:
                     continue
                 part = opened.get_slice(theirs)
+                if part.get_dtype() not in TORCH_DTYPES:
+                    raise CheckpointError(
+                        f"{theirs} is {part.get_dtype()}, which is not read; it takes: {', '.join(TORCH_DTYPES)}",
+                        where=str(file),
+                        remedy="convert it, or leave it out",
+                    )
                 key = (WEIGHT, name)
                 if key in index:
                     raise CorruptError(f"{name} is there twice", where=str(file))

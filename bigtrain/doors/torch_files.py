@@ -45,10 +45,11 @@ class TorchReader:
         content = _load(path, allow_pickle)
         inner = next((content[word] for word in _BELOW if isinstance(content.get(word), Mapping)), content)
         buffers = content.get("buffers", ())
+        buffers = buffers if isinstance(buffers, list | tuple) else ()
         self._tensors: dict[Key, Tensor] = {
             (BUFFER if name in buffers else WEIGHT, name): tensor
             for name, tensor in inner.items()
-            if isinstance(tensor, Tensor)
+            if isinstance(tensor, Tensor) and isinstance(name, str)
         }
         if not self._tensors:
             raise CheckpointError(f"{path} holds no tensors by name", remedy="save a state_dict()")
@@ -60,7 +61,9 @@ class TorchReader:
             key: TensorSpec(tuple(tensor.shape), tensor.dtype) for key, tensor in self._tensors.items()
         }
         hyper = content.get("hyper")
-        self.hyper: Mapping[str, Mapping[str, Any]] = hyper if isinstance(hyper, Mapping) else {}
+        if not (isinstance(hyper, Mapping) and all(isinstance(values, Mapping) for values in hyper.values())):
+            hyper = {}
+        self.hyper: Mapping[str, Mapping[str, Any]] = hyper
         self.content = {key: value for key, value in content.items() if not isinstance(value, Tensor | Mapping)}
 
     def read_into(self, kind: str, name: str, box: Box, out: Tensor) -> None:
@@ -75,6 +78,15 @@ class TorchReader:
         self._tensors.clear()
 
 
+def _is_old(path: Path) -> bool:
+    """Whether a file is of before torch 1.6, which cannot be mapped: a bare pickle, not a zip file of it.
+
+    Anything else is left to torch to refuse, and nobody is told to allow what is no pickle.
+    """
+    with open(path, "rb") as file:
+        return file.read(1) == b"\x80"
+
+
 def _load(path: Path, allow_pickle: bool) -> Mapping[str, Any]:
     if allow_pickle:
         from bigtrain.doors.pickled import load
@@ -82,7 +94,8 @@ def _load(path: Path, allow_pickle: bool) -> Mapping[str, Any]:
         content: Any = load(path)
     else:
         try:
-            content = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+            is_old = _is_old(path)
+            content = torch.load(path, weights_only=True, mmap=not is_old, map_location="cpu")
         except Exception as error:  # torch has many names for a file that is not what it should be
             said = str(error).partition("\n")[0]
             if "Unsupported" in str(error) or "weights_only" in str(error):

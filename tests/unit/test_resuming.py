@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import bigtrain
-from bigtrain.checkpoint import diff, find, verify
-from bigtrain.errors import NoGoodError, NonFiniteError, RunFolderError, StateError
+from bigtrain.checkpoint import diff, find, open_checkpoint, verify
+from bigtrain.checkpoint.files import DISK
+from bigtrain.doors.exporting import export
+from bigtrain.doors.incoming import bring_in
+from bigtrain.errors import DiskFullError, NoGoodError, NonFiniteError, RunFolderError, StateError
 from tests.helpers.resuming import STEPS, BrokenOffError, Trace, break_off, config, losses, stop
 
 
@@ -242,3 +249,138 @@ def test_no_checkpoint_of_a_step_that_is_not_finite(tmp_path):
     newest = find(tmp_path / "runs" / "run" / "checkpoints")[0]
     assert newest.name == "step-00000005"
     assert verify(newest).is_good
+
+
+def test_an_epoch_is_ended_whole_where_the_new_batch_does_not_divide_what_was_consumed(tmp_path):
+    values = config(tmp_path, train={"epochs": 2})
+    bigtrain.train(values, hooks=[stop(2)])  # 8 of 11 samples
+    seen = []
+    bigtrain.train(values, ["data.batch_size=7"], hooks=[lambda info: seen.append((info.epoch, info.num_samples))])
+    assert seen == [(0, 3), (1, 7), (1, 4)]
+
+
+def evaluated(tmp_path: Path, **changes: object) -> dict:
+    values = config(tmp_path, **changes)
+    values["data"]["eval"] = {"split": 0.3}
+    return values
+
+
+def test_a_run_that_has_done_more_than_is_asked_for_now_tells_what_it_has_come_to(tmp_path):
+    whole = bigtrain.train(evaluated(tmp_path), ["run.name=whole", "train.steps=7", "optim.schedule=constant"])
+    bigtrain.train(evaluated(tmp_path), ["optim.schedule=constant", "eval.every_epochs=null"], hooks=[stop(7)])
+    run = bigtrain.train(evaluated(tmp_path), ["train.steps=6", "optim.schedule=constant", "eval.every_epochs=null"])
+    result = json.loads((run.path / "result.json").read_text())
+    assert result["steps"] == 7
+    assert result["metrics"]["loss"] == whole.evaluation["loss"]
+
+
+def test_a_stop_in_the_last_step_is_the_end(tmp_path):
+    run = bigtrain.train(config(tmp_path), hooks=[stop(STEPS)])
+    assert not run.outcome.stopped
+    assert json.loads((run.path / "result.json").read_text())["steps"] == STEPS
+
+
+def test_a_run_whose_checkpoints_are_gone_says_that_it_begins_anew(tmp_path, capsys):
+    run = bigtrain.train(config(tmp_path), hooks=[stop(7)])
+    shutil.rmtree(run.path / "checkpoints")
+    bigtrain.train(config(tmp_path), ["track.progress=plain"])
+    assert "this run has begun before, and left no checkpoint in" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_was_brought_in_is_no_run_to_go_on_with(tmp_path):
+    run = bigtrain.train(config(tmp_path), hooks=[stop(3)])
+    with open_checkpoint(find(run.path / "checkpoints")[0]) as reader:
+        export(reader, tmp_path / "w.safetensors", "safetensors")
+    shutil.rmtree(run.path / "checkpoints")
+    bring_in(tmp_path / "w.safetensors", run.path / "checkpoints", "safetensors")
+    with pytest.raises(RunFolderError, match=r"was brought in(.|\n)*init_from"):
+        bigtrain.train(config(tmp_path))
+
+
+def test_what_bigtrain_exported_goes_on_when_it_is_brought_back(tmp_path, capsys):
+    values = config(tmp_path)
+    values["model"]["args"]["dropout"] = 0.0
+    whole = bigtrain.train(values, ["run.name=whole"])
+    run = bigtrain.train(values, hooks=[stop(5)])
+    with open_checkpoint(find(run.path / "checkpoints")[0]) as reader:
+        export(reader, tmp_path / "all.pt", "torch")
+    shutil.rmtree(run.path / "checkpoints")
+    bring_in(tmp_path / "all.pt", run.path / "checkpoints", "torch")
+    run = bigtrain.train(values, ["track.progress=plain"])
+    assert "the checkpoint was brought in: random numbers (dropout's) are drawn anew" in capsys.readouterr().out
+    assert losses(run) == losses(whole)
+
+
+def test_arguments_that_ask_for_a_state_that_was_never_kept_are_refused(tmp_path):
+    bigtrain.train(config(tmp_path), hooks=[stop(3)])
+    with pytest.raises(RunFolderError, match="needs max_exp_avg_sq now, which it never kept"):
+        bigtrain.train(config(tmp_path), ["optim.args.amsgrad=true"])
+    changed = bigtrain.train(config(tmp_path), ["optim.args.betas=[0.8,0.9]"], hooks=[stop(5)])
+    assert changed.outcome.steps == 5
+
+
+def test_momentum_may_begin_later(tmp_path):
+    values = config(tmp_path, optim={"name": "sgd", "lr": 0.01})
+    bigtrain.train(values, hooks=[stop(3)])
+    assert bigtrain.train(values, ["optim.args.momentum=0.9"]).outcome.steps == STEPS
+
+
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("at", [7, STEPS])
+def test_a_run_whose_last_checkpoint_does_not_fit_is_not_done(tmp_path, monkeypatch, background, at):
+    """Whatever on_full says: it has nothing to continue with."""
+
+    def full(operation: str, path: Path) -> None:
+        if f"step-{at:08d}" in str(path):
+            raise OSError(errno.ENOSPC, "no space")
+
+    policy = {"every_steps": 4, "on_full": "continue", "background": background}
+    monkeypatch.setattr(DISK, "before", full)
+    with pytest.raises(DiskFullError, match="no room for the last checkpoint"):
+        bigtrain.train(config(tmp_path, checkpoint=policy), hooks=[stop(at)])
+    monkeypatch.undo()
+    assert not (tmp_path / "runs" / "run" / "result.json").exists()
+    assert bigtrain.train(config(tmp_path, checkpoint=policy)).outcome.steps == STEPS
+
+
+def test_a_checkpoint_that_somebody_moves_away_does_not_stop_the_run(tmp_path, caplog):
+    folder = tmp_path / "runs" / "run" / "checkpoints"
+
+    def move(operation: str, path: Path) -> None:
+        done = folder / "step-00000004"
+        if operation == "list" and done.exists():  # as it prunes, after the commit
+            done.rename(tmp_path / "moved")
+
+    before = DISK.before
+    DISK.before = move
+    try:
+        run = bigtrain.train(config(tmp_path, checkpoint={"every_steps": 4}))
+    finally:
+        DISK.before = before
+    assert run.outcome.steps == STEPS
+    assert "is not there any more" in caplog.text
+
+
+def test_a_checkpoint_that_failed_does_not_take_the_next_one_with_it(tmp_path):
+    """The disk was full for one of them, and that is heard when the next is due."""
+    is_due = threading.Event()
+
+    def full(operation: str, path: Path) -> None:
+        if operation == "sync" and "step-00000004" in str(path):
+            is_due.wait(60)
+            time.sleep(0.3)  # until the loop waits for it
+            raise OSError(errno.ENOSPC, "no space")
+
+    before = DISK.before
+    DISK.before = full
+    try:
+        policy = {"every_steps": 1, "keep": None, "on_full": "continue"}
+        run = bigtrain.train(
+            config(tmp_path, checkpoint=policy), hooks=[lambda info: is_due.set() if info.step == 5 else None]
+        )
+    finally:
+        DISK.before = before
+    saved = {int(path.name[-8:]) for path in find(run.path / "checkpoints")}
+    assert saved == set(range(1, STEPS + 1)) - {4}
+    rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row.get("event") == "checkpoint"] == sorted(saved)

@@ -268,3 +268,21 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert files_below(tmp_path) == ["result.json"]
+
+
+def test_checkpoints_without_their_run_file_are_a_run_that_has_begun(tmp_path):
+    """A new run's checkpoints must not mix with those that are there."""
+    (begun(tmp_path, "a").checkpoints / "step-00000007").mkdir(parents=True)
+    (tmp_path / "a" / "config.yaml").unlink()
+    assert "has begun and not finished" in refused(tmp_path, "a").problem
+    check_free(tmp_path, "a", Allowed(unfinished=True))
+
+
+def test_a_start_that_could_not_write_gives_the_run_back(tmp_path):
+    """In the same process, which lives on as a notebook's does."""
+    (tmp_path / "a" / "config.yaml").mkdir(parents=True)  # which no file can replace
+    (tmp_path / "a" / "attempts").mkdir()
+    with pytest.raises(RunFolderError, match="cannot write to"):
+        RunFolder.create(tmp_path, "a", "", Allowed(unfinished=True))
+    (tmp_path / "a" / "config.yaml").rmdir()
+    assert RunFolder.create(tmp_path, "a", "", Allowed(unfinished=True)).number == 1

@@ -99,6 +99,8 @@ def test_prune(run, tmp_path):
         holder.stdout.readline()
         with pytest.raises(RunFolderError, match="in use"):
             call("prune", copy)
+        with pytest.raises(RunFolderError, match="the run run is in use"):
+            call("prune", copy / "checkpoints")
         holder.kill()
 
 

@@ -19,7 +19,7 @@ from bigtrain.dist import World
 from bigtrain.doors import open_weights
 from bigtrain.doors.exporting import export
 from bigtrain.doors.incoming import bring_in
-from bigtrain.errors import CheckpointError, CorruptError
+from bigtrain.errors import CheckpointError, CorruptError, SaveError
 from bigtrain.state import EngineState, Piece, whole
 from tests.helpers.checkpoints import in_a_fork
 from tests.helpers.resuming import config
@@ -215,6 +215,7 @@ def test_a_broken_off_export_leaves_nothing(checkpoint, tmp_path):
         ("w.safetensors", b"", "no safetensors file"),
         ("w.safetensors", b"\xff" * 64, "no safetensors file"),
         ("w.pt", b"PK\x03\x04 torn", "no file of torch.save"),
+        ("w.pt", b"123", "no file of torch.save"),
         ("w.zip", b"", "is neither"),
     ],
 )
@@ -282,3 +283,56 @@ class Peak:
     def _now() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
+
+
+def test_an_old_file_of_torch_is_read_without_a_pickle(tmp_path):
+    torch.save({"a": torch.arange(4.0)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    reader = open_weights(tmp_path / "old.pt")
+    out = torch.empty(4)
+    reader.read_into("weight", "a", whole((4,)), out)
+    assert torch.equal(out, torch.arange(4.0))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"buffers": 5}, {"hyper": {"a": 3}}, {"step": -3}, {"step": 10**19}, {1: 2}, {"bigtrain": "[1"}],
+)
+def test_a_file_of_somebody_else_that_has_our_words_is_brought_in(tmp_path, odd):
+    torch.save({"model": {"a": torch.ones(2), 1: torch.ones(1)}, **odd}, tmp_path / "w.pt")
+    made = bring_in(tmp_path / "w.pt", tmp_path / "in", "torch")
+    assert find(tmp_path / "in") == [made]
+    with open_checkpoint(made) as reader:
+        assert list(reader.index) == [("weight", "a")]
+
+
+def test_a_dtype_that_no_checkpoint_holds_is_refused(tmp_path):
+    save_file({"a": torch.ones(2, dtype=torch.complex64)}, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match="a is C64"):
+        open_weights(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        ({"num_attention_heads": None}, "does not say num_attention_heads"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0"),
+        ({"hidden_size": "16"}, "hidden_size='16'"),
+        ({"rope_parameters": [1]}, "rope_theta="),
+        ({"rope_parameters": None, "rope_theta": "x"}, "rope_theta='x'"),
+    ],
+)
+def test_an_odd_description_of_a_llama_is_refused(checkpoint, tmp_path, odd, said):
+    out = exported(checkpoint, tmp_path / "x" / "hf", "hf")
+    described = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**described, **odd}))
+    with pytest.raises(CheckpointError, match=said):
+        bring_in(out, tmp_path / "in", "hf")
+
+
+def test_where_nothing_can_be_written_is_a_clear_error(checkpoint, tmp_path):
+    (tmp_path / "file").write_text("")
+    with open_checkpoint(checkpoint) as reader, pytest.raises(SaveError, match="cannot write"):
+        export(reader, tmp_path / "file" / "w.pt", "torch")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with open_checkpoint(checkpoint) as reader, pytest.raises(CheckpointError, match="is there already"):
+        export(reader, tmp_path / "link", "safetensors")
