@@ -383,18 +383,16 @@ def _try_first_batch(config: Config, task: Task, model: nn.Module, sets: data_la
 
 
 def _schedule(config: Config, cadence: Cadence, train: TrainLoader) -> Schedule:
-    steps_per_epoch = train.steps_per_epoch
-    return make_schedule(config.optim.schedule, total_steps=cadence.total_steps, steps_per_epoch=steps_per_epoch)
+    return make_schedule(config.optim.schedule, total_steps=cadence.total_steps, steps_per_epoch=train.steps_per_epoch)
 
 
 def _cadence(config: Config, train: TrainLoader, done: Outcome | None = None) -> Cadence:
     epoch, offset = done.position if done else (0, 0)
-    # What is left of the epoch is counted, not what was: a batch size that has changed need not divide that.
-    left_of_epoch = -(-(train.num_samples - offset) // config.data.batch_size)
     epochs = (config.train.epochs or 0) - epoch
-    left = left_of_epoch + (epochs - 1) * train.steps_per_epoch if epochs > 0 else 0
+    # Not counted from what was consumed of the epoch, which a batch size that has changed need not divide.
+    steps_left = -(-(train.num_samples - offset) // config.data.batch_size) + (epochs - 1) * train.steps_per_epoch
     return Cadence(
-        total_steps=config.train.steps or (done.steps if done else 0) + left,
+        total_steps=config.train.steps or (done.steps if done else 0) + (steps_left if epochs > 0 else 0),
         log_every=config.track.log_every,
         eval_every_steps=config.eval.every_steps,
         eval_every_epochs=config.eval.every_epochs,
