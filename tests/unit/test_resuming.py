@@ -15,10 +15,10 @@ import torch
 
 import bigtrain
 from bigtrain.checkpoint import diff, find, open_checkpoint, verify
-from bigtrain.checkpoint.files import DISK
 from bigtrain.doors.exporting import export
 from bigtrain.doors.incoming import bring_in
 from bigtrain.errors import DiskFullError, NoGoodError, NonFiniteError, RunFolderError, StateError
+from tests.helpers.faulty import before_file_operations
 from tests.helpers.resuming import STEPS, BrokenOffError, Trace, break_off, config, losses, stop
 
 
@@ -327,7 +327,7 @@ def test_momentum_may_begin_later(tmp_path):
 
 @pytest.mark.parametrize("background", [True, False])
 @pytest.mark.parametrize("at", [7, STEPS])
-def test_a_run_whose_last_checkpoint_does_not_fit_is_not_done(tmp_path, monkeypatch, background, at):
+def test_a_run_whose_last_checkpoint_does_not_fit_is_not_done(tmp_path, background, at):
     """Whatever on_full says: it has nothing to continue with."""
 
     def full(operation: str, path: Path) -> None:
@@ -335,10 +335,8 @@ def test_a_run_whose_last_checkpoint_does_not_fit_is_not_done(tmp_path, monkeypa
             raise OSError(errno.ENOSPC, "no space")
 
     policy = {"every_steps": 4, "on_full": "continue", "background": background}
-    monkeypatch.setattr(DISK, "before", full)
-    with pytest.raises(DiskFullError, match="no room for the last checkpoint"):
+    with before_file_operations(full), pytest.raises(DiskFullError, match="no room for the last checkpoint"):
         bigtrain.train(config(tmp_path, checkpoint=policy), hooks=[stop(at)])
-    monkeypatch.undo()
     assert not (tmp_path / "runs" / "run" / "result.json").exists()
     assert bigtrain.train(config(tmp_path, checkpoint=policy)).outcome.steps == STEPS
 
@@ -351,12 +349,8 @@ def test_a_checkpoint_that_somebody_moves_away_does_not_stop_the_run(tmp_path, c
         if operation == "list" and done.exists():  # as it prunes, after the commit
             done.rename(tmp_path / "moved")
 
-    before = DISK.before
-    DISK.before = move
-    try:
+    with before_file_operations(move):
         run = bigtrain.train(config(tmp_path, checkpoint={"every_steps": 4}))
-    finally:
-        DISK.before = before
     assert run.outcome.steps == STEPS
     assert "is not there any more" in caplog.text
 
@@ -371,15 +365,10 @@ def test_a_checkpoint_that_failed_does_not_take_the_next_one_with_it(tmp_path):
             time.sleep(0.3)  # until the loop waits for it
             raise OSError(errno.ENOSPC, "no space")
 
-    before = DISK.before
-    DISK.before = full
-    try:
-        policy = {"every_steps": 1, "keep": None, "on_full": "continue"}
-        run = bigtrain.train(
-            config(tmp_path, checkpoint=policy), hooks=[lambda info: is_due.set() if info.step == 5 else None]
-        )
-    finally:
-        DISK.before = before
+    policy = {"every_steps": 1, "keep": None, "on_full": "continue"}
+    values = config(tmp_path, checkpoint=policy)
+    with before_file_operations(full):
+        run = bigtrain.train(values, hooks=[lambda info: is_due.set() if info.step == 5 else None])
     saved = {int(path.name[-8:]) for path in find(run.path / "checkpoints")}
     assert saved == set(range(1, STEPS + 1)) - {4}
     rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
