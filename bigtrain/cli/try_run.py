@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from bigtrain.cli.config import Overrides, RunFile
-from bigtrain.cli.train import NumProcesses, leave_at_once
+from bigtrain.cli.train import NumProcesses, leave, leave_at_once
 
 if TYPE_CHECKING:
     from bigtrain.rehearsal import Rehearsal
@@ -44,6 +44,7 @@ def try_run(
         leave_at_once()
     if failing.rank == 0:
         typer.echo(f"it will work: {found.total_steps:,} steps take about {_duration(found)}{_memory(found)}")
+    leave(0)
 
 
 def _start(context: typer.Context, run_file: Path, changes: list[str], nproc: int | None) -> int:
