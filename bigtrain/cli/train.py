@@ -47,7 +47,7 @@ _STOPPED = 130
 def leave(code: int) -> NoReturn:
     """End a rank that is done, past the interpreter's own end.
 
-    There, a thread of gloo that still wants the interpreter's lock is ended in the middle of C++, which ends the process
+    There, a thread of gloo that still wants the interpreter's lock is ended in the middle of C++, which ends the rank
     with SIGABRT ("terminate called without an active exception"): it was seen twice in some hundreds of starts.
     """
     import os
