@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bigtrain.beats import DATA, EVALUATING, SAVING, TRAINING
 from bigtrain.dist import World
-from bigtrain.engines.base import Engine
+from bigtrain.engines.base import Engine, Evaluator
 from bigtrain.engines.sums import StepResult
 from bigtrain.errors import DivergedError, NonFiniteError
 from bigtrain.health.agreement import Agreement, check_buffers
@@ -44,7 +44,7 @@ def train_step(engine: Engine, task: Task, microbatches: Sequence[Batch], lr_sca
 
 
 def evaluate(
-    engine: Engine,
+    engine: Evaluator,
     task: Task,
     batches: Iterable[Batch],
     world: World,

@@ -89,6 +89,7 @@ class Dataset(Protocol):
         `collate(samples) -> batch`: instead of torch's default_collate.
         `fingerprint() -> str`: changes when the data do; the default hashes the length and the first, middle and last
             samples. `num_classes: int`, `class_names: list[str]`: for labels.
+        `from_picture(image) -> Any`: what a sample begins with, out of an image of Pillow, for `bigtrain predict`.
     """
 
     def __len__(self) -> int:

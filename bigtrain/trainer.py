@@ -157,7 +157,7 @@ def assemble(
     name, why = engines.choose(config.engine.name, world.size)
     task = build_task(config, subject)
     sets = build_data(config, subject)
-    train, evaluation = _loaders(config, sets, world)
+    train, evaluation = loaders(config, sets, world)
     is_cut_up = engines.shards(name, config.engine.deepspeed.stage)
     prepared, freezing = _prepare(config, subject, world, phase, shards=is_cut_up)
     if adapt is not None:
@@ -174,7 +174,7 @@ def assemble(
     seed_everything(config.run.seed + world.rank)
     label = f"deepspeed stage {config.engine.deepspeed.stage}" if name == "deepspeed" else name
     parts = (task, prepared.model, engine, plan, schedule, train, evaluation, cadence)
-    facts = (label, why, sets.fingerprint, sizes, freezing, phase, _class_names(sets))
+    facts = (label, why, sets.fingerprint, sizes, freezing, phase, class_names_of(sets))
     training = Training(config, world, *parts, *facts)
     if config.compile.scope != "none":
         _try_compiled(training, compiled)
@@ -343,12 +343,14 @@ def _choices(config: Config, prepared: Prepared, compiled: Sequence[nn.Module]) 
     )
 
 
-def _class_names(sets: data_layer.DataSets) -> list[str] | None:
+def class_names_of(sets: data_layer.DataSets) -> list[str] | None:
+    """The names of the labels, where the data tell."""
     names = getattr(sets.train, "class_names", None)
     return [str(name) for name in names] if names else None
 
 
-def _loaders(config: Config, sets: data_layer.DataSets, world: World) -> tuple[TrainLoader, EvalLoader | None]:
+def loaders(config: Config, sets: data_layer.DataSets, world: World) -> tuple[TrainLoader, EvalLoader | None]:
+    """One rank's batches, to train on and to evaluate on."""
     data = config.data
     shared: dict[str, Any] = {
         "batch_size": data.batch_size,
@@ -360,10 +362,8 @@ def _loaders(config: Config, sets: data_layer.DataSets, world: World) -> tuple[T
     train = TrainLoader(sets.train, micro_batch_size=config.train.micro_batch_size, seed=config.run.seed, **shared)
     if sets.eval is None:
         return train, None
-    # The most that a rank runs at once in training is what it can hold in evaluation.
-    micro = config.train.micro_batch_size
-    if micro is not None:
-        shared["batch_size"] = min(data.batch_size, micro * world.size)
+    if config.train.micro_batch_size is not None:  # the most that a rank can hold
+        shared["batch_size"] = min(data.batch_size, config.train.micro_batch_size * world.size)
     return train, EvalLoader(sets.eval, max_batches=config.eval.max_batches, **shared)
 
 

@@ -15,6 +15,7 @@ import bigtrain
 from bigtrain.cli import ckpt, config, data, runs
 from bigtrain.cli.convert import convert
 from bigtrain.cli.doctor import doctor
+from bigtrain.cli.evaluate import evaluate, predict
 from bigtrain.cli.explain import explain
 from bigtrain.cli.init import init
 from bigtrain.cli.launch import launch
@@ -38,7 +39,8 @@ app.add_typer(data.app, name="data")
 app.add_typer(ckpt.app, name="ckpt")
 app.add_typer(runs.app, name="runs")
 app.command("try")(try_run)
-for command in (train, launch, parity, explain, report, init, sweep, convert, replay, doctor):
+app.command("eval")(evaluate)
+for command in (train, launch, parity, explain, predict, report, init, sweep, convert, replay, doctor):
     app.command()(command)
 
 _wants_traceback = False

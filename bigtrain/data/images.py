@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,18 @@ _DIGITS_MEAN, _DIGITS_STD = 0.3053, 0.3760
 
 
 class TensorImages:
-    """Images and labels in memory: float32 (samples, channels, height, width), int64 (samples,)."""
+    """Images and labels in memory: float32 (samples, channels, height, width), int64 (samples,).
+
+    Attributes:
+        from_picture: Makes of an image of Pillow what a sample begins with.
+    """
 
     is_random = False
 
-    def __init__(self, images: Tensor, labels: Tensor, class_names: list[str]) -> None:
+    def __init__(
+        self, images: Tensor, labels: Tensor, class_names: list[str], from_picture: Callable[[Any], Tensor]
+    ) -> None:
+        self.from_picture = from_picture
         self.images = images
         self.labels = labels
         self.class_names = class_names
@@ -72,12 +80,11 @@ def digits(split: str, *, size: int = 8, classes: Sequence[int] | None = None) -
         )
     found = load_digits()
     images = torch.from_numpy(found.images).to(torch.float32).unsqueeze(1) / 16
-    if size != images.shape[-1]:
-        images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
-    images = (images - _DIGITS_MEAN) / _DIGITS_STD
+    images = _as_digits(images, size)
+    from_picture = partial(_digit, size=size)
     labels = torch.from_numpy(found.target.astype(np.int64))
     if classes is None:
-        return TensorImages(images, labels, [str(name) for name in found.target_names])
+        return TensorImages(images, labels, [str(name) for name in found.target_names], from_picture)
     if not classes or len(set(classes)) < len(classes) or any(digit not in range(10) for digit in classes):
         raise DataError(
             f"classes: {list(classes)} are not digits, each once",
@@ -86,7 +93,21 @@ def digits(split: str, *, size: int = 8, classes: Sequence[int] | None = None) -
         )
     places = torch.full((10,), -1).scatter_(0, torch.tensor(list(classes)), torch.arange(len(classes)))
     chosen = places[labels] >= 0
-    return TensorImages(images[chosen], places[labels[chosen]], [str(digit) for digit in classes])
+    return TensorImages(images[chosen], places[labels[chosen]], [str(digit) for digit in classes], from_picture)
+
+
+def _as_digits(images: Tensor, size: int) -> Tensor:
+    """Images (n, 1, height, width) in [0, 1], resized and normalised."""
+    if images.shape[-2:] != (size, size):
+        shrinks = images.shape[-2] > size or images.shape[-1] > size
+        images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False, antialias=shrinks)
+    return (images - _DIGITS_MEAN) / _DIGITS_STD
+
+
+def _digit(picture: Any, size: int) -> Tensor:
+    """A picture with light ink on a dark ground, as the digits have it; (1, size, size)."""
+    grey = torch.from_numpy(np.array(picture.convert("L"), dtype=np.float32)) / 255
+    return _as_digits(grey[None, None], size)[0]
 
 
 class LibraryImages:

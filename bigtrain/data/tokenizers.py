@@ -37,6 +37,12 @@ class Tokenizer(Protocol):
     def encode(self, documents: Sequence[Path]) -> Iterator[tuple[NDArray[Any], bool]]:
         """The ids of the documents in pieces of bounded size, and whether each piece ends its document."""
 
+    def encode_text(self, text: str) -> list[int]:
+        """The ids of a text, without what ends a document."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; those that stand for none are left out."""
+
 
 class Bytes:
     """A token for each of the 256 bytes, and one that ends a document."""
@@ -53,6 +59,14 @@ class Bytes:
                 while piece := file.read(_PIECE):
                     yield np.frombuffer(piece, dtype=np.uint8), False
             yield np.empty(0, dtype=np.uint8), True
+
+    def encode_text(self, text: str) -> list[int]:
+        """The bytes of the text in UTF-8."""
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text; bytes that are no UTF-8 become the replacement character."""
+        return bytes(each for each in ids if each < 256).decode(errors="replace")
 
 
 class FromFile:
@@ -102,6 +116,14 @@ class FromFile:
         encodings = self._library.encode_batch([text for text, _ in pieces], add_special_tokens=False)
         for encoding, (_, ends) in zip(encodings, pieces, strict=True):
             yield np.array(encoding.ids, dtype=np.uint32), ends
+
+    def encode_text(self, text: str) -> list[int]:
+        """The ids of the text, without the special tokens that a template would add."""
+        return list(self._library.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text, without special tokens."""
+        return str(self._library.decode(list(ids), skip_special_tokens=True))
 
 
 def _text(documents: Sequence[Path]) -> Iterator[tuple[str, bool]]:

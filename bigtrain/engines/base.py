@@ -31,6 +31,17 @@ _NORM_CHUNK = 1 << 16
 Fill = Callable[[Sequence[Piece]], None]
 
 
+class Evaluator(Protocol):
+    """Has a model to evaluate."""
+
+    @property
+    def model(self) -> nn.Module:
+        """Call it for forward."""
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Evaluation mode without gradients."""
+
+
 class Engine(Protocol):
     """Spreads one training over processes."""
 

@@ -88,7 +88,7 @@ def test_commands_of_the_readme_exist() -> None:
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         elif words[1] in ("train", "launch", "parity"):
             load(ROOT / words[2], [word for word in words[3:] if "=" in word])
-        elif words[1] in ("ckpt", "report", "runs", "replay"):  # of a run that need not be there
+        elif words[1] in ("ckpt", "report", "runs", "replay", "eval", "predict"):  # of a run that need not be there
             run(ROOT, "-m", *words[:3], "--help")
         elif words[1] == "doctor":  # which says by its exit code what it found
             run(ROOT, "-m", *words, "--help")

@@ -55,6 +55,7 @@ FLOORS = {
     "bigtrain.watching": 8,
     "bigtrain.phases": 9,
     "bigtrain.running": 10,
+    "bigtrain.evaluating": 11,
     "bigtrain.rehearsal": 11,
     "bigtrain.replaying": 11,
     "bigtrain.cli": 12,

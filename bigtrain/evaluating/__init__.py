@@ -1,0 +1,10 @@
+"""A trained model out of a checkpoint, whatever engine trained it: measured, or asked for predictions.
+
+It runs in one process and knows no optimizer.
+"""
+
+from bigtrain.evaluating.measuring import Measured, evaluate
+from bigtrain.evaluating.predicting import Prediction, predict
+from bigtrain.evaluating.trained import Trained, find_checkpoint, opened
+
+__all__ = ["Measured", "Prediction", "Trained", "evaluate", "find_checkpoint", "opened", "predict"]

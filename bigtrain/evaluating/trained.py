@@ -1,0 +1,184 @@
+"""The plain model of a checkpoint and the run file that it was trained by, in this process.
+
+Weights are read one tensor at a time to where the model has them: no memory is needed beside the model itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from bigtrain import models
+from bigtrain.checkpoint import CheckpointReader, find, open_checkpoint
+from bigtrain.config.loader import from_dict
+from bigtrain.config.schema import Config
+from bigtrain.dist import World, choose_device
+from bigtrain.engines import slots
+from bigtrain.engines.base import persistent_buffers
+from bigtrain.engines.casting import Casting
+from bigtrain.errors import CheckpointError, CombinationError
+from bigtrain.prepare import COMPUTE_DTYPES, DTYPES, seed_everything
+from bigtrain.protocols import Batch, Task
+from bigtrain.running import lack_of_memory_explained, torch_set_up
+from bigtrain.runs import checkpoints_of
+from bigtrain.state import BUFFER, WEIGHT, TensorSpec, whole
+from bigtrain.trainer import build_task
+
+_GIVEN = "given:"  # how an object that no name leads to stands in a run file
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with the weights of a checkpoint (an `Evaluator` of the loop).
+
+    Attributes:
+        model: The plain module, on the device.
+        task: What it learnt.
+        config: The run file of the checkpoint, with what was laid over it.
+        path: The checkpoint.
+        step: How many steps it had been trained.
+        kept: What else the checkpoint holds.
+        world: This process alone.
+    """
+
+    model: nn.Module
+    task: Task
+    config: Config
+    path: Path
+    step: int
+    kept: Mapping[str, Any]
+    world: World
+    casting: Casting | None = None
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode without gradients, in the precision of the run."""
+        copies: AbstractContextManager[None] = self.casting.copies() if self.casting else nullcontext()
+        self.model.eval()
+        with torch.no_grad(), copies:
+            yield
+
+    def dtype(self) -> torch.dtype:
+        """What inputs are kept in."""
+        return DTYPES[self.config.precision]
+
+
+def find_checkpoint(place: str | Path, folder: str | Path = "runs") -> Path:
+    """The checkpoint that a path or a run's name leads to: it itself, or the newest of the run.
+
+    Raises:
+        CheckpointError: Where there is none.
+    """
+    path = Path(place)
+    if not path.exists() and Path(folder, path).is_dir():
+        path = Path(folder, path)
+    for candidate in (checkpoints_of(path), path):
+        found = find(candidate) if candidate.is_dir() else []
+        if found:
+            return found[0]
+    if checkpoints_of(path).is_dir():
+        raise CheckpointError(f"the run {path} has no checkpoint yet", where=str(path), remedy="let it save one")
+    return path
+
+
+@contextmanager
+def opened(path: Path, overrides: Sequence[str] = ()) -> Iterator[Trained]:
+    """Build the model that a checkpoint is of, and read its weights.
+
+    Args:
+        path: The checkpoint's folder.
+        overrides: `key=value`, over the run file that the checkpoint holds.
+
+    Raises:
+        CheckpointError: Where it cannot be read, or holds no run file.
+        CombinationError: Where the run was given its model or task as an object.
+        StateError: Listing everything in the checkpoint that does not fit the model.
+    """
+    with open_checkpoint(path) as reader:
+        config = _config(reader, overrides)
+        world = World(device=choose_device(config.engine.device))
+        with torch_set_up(config), lack_of_memory_explained(config, world, "single"):
+            seed_everything(config.run.seed)
+            task = build_task(config)
+            model = _load(reader, config, world.device)
+            dtype = COMPUTE_DTYPES.get(config.precision)
+            casting = Casting(model, dtype, list(model.parameters())) if dtype else None
+            yield Trained(model, task, config, path, reader.step, reader.extra, world, casting)
+
+
+def check_model(trained: Trained, batch: Batch) -> None:
+    """Let the task look at the model and at two samples, as before a training: losses go by what it finds."""
+    check = getattr(trained.task, "check", None)
+    if check is not None:
+        check(trained.model, batch)
+
+
+def refuse_given(config: Config, part: str) -> None:
+    """Refuse a run file that does not say how to make its model, data or task.
+
+    Raises:
+        CombinationError: With the way out.
+    """
+    name = getattr(config, part).name
+    if name.startswith(_GIVEN):
+        raise CombinationError(
+            f"the run was given its {part} as an object ({name.removeprefix(_GIVEN)}), which no name leads to",
+            where=f"{part}.name",
+            remedy=f"name what makes it: {part}.name=package.module:name, and its arguments as {part}.args.…",
+        )
+
+
+def _config(reader: CheckpointReader, overrides: Sequence[str]) -> Config:
+    text = reader.extra.get("config")
+    if not isinstance(text, str):
+        raise CheckpointError(
+            f"{reader.path} holds no run file: it was not saved by a run",
+            where=str(reader.path),
+            remedy="start a run from it (finetune.init_from) and evaluate that",
+        )
+    config = from_dict(yaml.safe_load(text), overrides).config
+    refuse_given(config, "model")
+    refuse_given(config, "task")
+    return config
+
+
+def _load(reader: CheckpointReader, config: Config, device: torch.device) -> nn.Module:
+    """The model, every weight and persistent buffer of it read from the checkpoint."""
+    fillable = models.is_fillable(config.model.name)
+    with torch.device("meta" if fillable else "cpu"):
+        model = models.build(config.model.name, config.model.args)
+    model.to(dtype=DTYPES[config.precision])
+    if fillable:
+        _give_memory(model, device)
+    model.to(device)
+    tensors: dict[tuple[str, str], Tensor] = {(WEIGHT, name): p.data for name, p in model.named_parameters()}
+    tensors |= {(BUFFER, name): buffer for name, buffer in persistent_buffers(model).items()}
+    slots.check(reader, {key: TensorSpec(tuple(t.shape), t.dtype) for key, t in tensors.items()}, ())
+    for key, tensor in tensors.items():
+        reader.read_into(*key, whole(tensor.shape), tensor)
+    return model
+
+
+def _give_memory(model: nn.Module, device: torch.device) -> None:
+    """Memory for a model on the meta device, not yet written to; what is shared stays shared, as `to_empty` has not."""
+    made: dict[Tensor, Tensor] = {}
+    empty = partial(torch.empty_like, device=device)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if parameter not in made:
+                    made[parameter] = nn.Parameter(empty(parameter), requires_grad=False)
+                module._parameters[name] = made[parameter]  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = made.setdefault(buffer, empty(buffer))
+    if hasattr(model, "reset_buffers"):
+        model.reset_buffers()  # type: ignore[operator]
