@@ -50,6 +50,7 @@ class Planted(CausalLM):
                 path = os.path.join(self.folder, name)
                 if open(path).read().strip() == str(RANK):
                     os.unlink(path)
+                    self.model = model
                     getattr(self, name)()
         return super().loss(model, batch)
 
@@ -63,6 +64,7 @@ class Planted(CausalLM):
     def stopped(self): os.kill(os.getpid(), signal.SIGSTOP)
     def sleeps(self): time.sleep(600)
     def holds_the_lock(self): ctypes.PyDLL(None).sleep(600)
+    def flips(self): next(iter(self.model.parameters())).data.view(-1)[0] += 1e-3
     def slow_from_now(self): self.loss = self._slow
 
     def _slow(self, model, batch):

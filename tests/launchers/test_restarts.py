@@ -209,6 +209,15 @@ def test_a_slow_rank_is_told_and_not_killed(tmp_path: Path) -> None:
     assert "straggler: rank 0" not in done.stdout
 
 
+def test_a_copy_that_changes_is_found_before_it_is_saved(tmp_path: Path, whole: list[dict[str, object]]) -> None:
+    plant(tmp_path, "flips", 1)
+    done = launch(tmp_path, health={"compare_every": 1000})
+    assert done.returncode == 0, done.stderr
+    assert end_of(tmp_path)["step"] == 5  # what would have been the next checkpoint was compared first
+    assert "DivergedError: after step 10 rank 1 holds another weight" in str(end_of(tmp_path)["cause"])
+    assert numbers(tmp_path / "runs/it") == whole
+
+
 def test_a_data_worker_that_stalls(tmp_path: Path) -> None:
     (tmp_path / "stalling.py").write_text(
         "import time, torch\n"
