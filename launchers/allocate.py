@@ -15,7 +15,7 @@ from bigtrain.starting import allowed_for
 from launchers.job import Job, run_in_allocation
 from launchers.plan import LaunchPlan, make_plan
 from launchers.profiles import Profile, load_profile
-from launchers.queue import check_not_waiting, useful_commands
+from launchers.queue import check_no_job, useful_commands
 from launchers.slurm import Submission, check, submit
 from launchers.snapshot import Snapshot, snapshot
 
@@ -72,7 +72,7 @@ def submit_run(run: Prepared, say: Callable[[str], None]) -> str:
     Raises:
         UserError: Where the cluster refuses it; nothing is left of it then.
     """
-    check_not_waiting(run.path)
+    check_no_job(run.path)
     submission = run.submission()
     check(submission)
     attempt = runs.claim(run.config.run.dir, run.config.run.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,25 +56,19 @@ def state_of(job: str) -> JobState | None:
     )
 
 
-def waiting(path: Path) -> JobState | None:
-    """The job in which a run waits in the queue."""
-    job = job_of(path)
-    state = state_of(job) if job else None
-    return state if state and state.is_waiting else None
-
-
-def check_not_waiting(path: Path) -> None:
-    """See that a run is not in the queue already.
+def check_no_job(path: Path) -> None:
+    """See that a run is not a job already: one that waits, or has begun and not yet taken the run.
 
     Raises:
         RunFolderError: Where it is, with its job.
     """
-    job = waiting(path)
-    if job is not None:
+    number = job_of(path)
+    job = state_of(number) if number else None
+    if job is not None and job.state != "COMPLETING" and job.number != os.environ.get("SLURM_JOB_ID"):
         raise RunFolderError(
-            f"the run {path.name} waits in the queue as job {job.number} ({job.reason})",
+            f"the run {path.name} is job {job.number} already, {job.state.lower()} {job.reason}",
             where=str(path),
-            remedy=f"bigtrain runs stop {path.name} takes it out; or set run.name to another name",
+            remedy=f"bigtrain runs stop {path.name} ends it; or set run.name to another name",
         )
 
 

@@ -66,12 +66,12 @@ def _here(config: Config, plan: LaunchPlan) -> int:
     from bigtrain.errors import UserError
     from bigtrain.starting import allowed_for
     from launchers.local import LocalStarter
-    from launchers.queue import check_not_waiting
+    from launchers.queue import check_no_job
     from launchers.supervise import Supervisor
 
     folder, name = Path(config.run.dir), config.run.name
     runs.check_free(folder, name, allowed_for(config))
-    check_not_waiting(folder / name)
+    check_no_job(folder / name)
     absent = [place for place in (folder, *folder.parents) if not place.exists()]
     claimed: list[Path] = []
 
@@ -96,11 +96,11 @@ def _leave_running(config: Config, run_file: Path, changes: list[str]) -> None:
 
     from bigtrain import runs
     from bigtrain.starting import allowed_for
-    from launchers.queue import check_not_waiting, useful_commands
+    from launchers.queue import check_no_job, useful_commands
 
     path = Path(config.run.dir, config.run.name)
     runs.check_free(config.run.dir, config.run.name, allowed_for(config))
-    check_not_waiting(path)
+    check_no_job(path)
     log = Path(tempfile.mkstemp(prefix=f"bigtrain-{config.run.name}-", suffix=".log")[1])
     command = [sys.executable, "-m", "bigtrain", "launch", str(run_file), *changes]
     with log.open("ab") as file:
