@@ -64,7 +64,7 @@ DEATHS = [
 ]
 
 
-@pytest.mark.parametrize(("what", "rank", "cause"), DEATHS if IS_FULL else DEATHS[:1] + DEATHS[3:4])
+@pytest.mark.parametrize(("what", "rank", "cause"), DEATHS if IS_FULL else DEATHS[3:4])
 def test_a_dead_rank_is_named_and_the_run_goes_on(
     tmp_path: Path, whole: list[dict[str, object]], what: str, rank: int, cause: str
 ) -> None:
