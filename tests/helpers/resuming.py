@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,17 @@ class Trace:
         digest = hashlib.sha256(repr(generators).encode()).hexdigest()
         lrs = [lr.hex() for lr in info.lr]
         self.steps[info.step] = (info.loss.hex(), info.grad_norm.hex(), lrs, info.epoch, info.samples_seen, digest)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums in one order: what is compared to the last bit needs it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def break_off(at: int) -> Callable[[StepInfo], None]:

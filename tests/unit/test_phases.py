@@ -18,25 +18,21 @@ from bigtrain.replaying import replay
 from bigtrain.state import whole
 from bigtrain.tracking.reading import load_run
 from tests.helpers.phases import LR, STEPS, config, factor, train_plainly
-from tests.helpers.resuming import BrokenOffError, Trace, break_off, losses, stop
+from tests.helpers.resuming import BrokenOffError, Trace, break_off, losses, one_thread, stop
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _in_one_thread():
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
     trace = Trace()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    run = bigtrain.train(config(folder), hooks=[trace])
-    torch.set_num_threads(threads)
+    with one_thread():
+        run = bigtrain.train(config(folder), hooks=[trace])
     return run, trace
 
 

@@ -19,25 +19,21 @@ from bigtrain.doors.exporting import export
 from bigtrain.doors.incoming import bring_in
 from bigtrain.errors import DiskFullError, NoGoodError, NonFiniteError, RunFolderError, StateError
 from tests.helpers.faulty import before_file_operations
-from tests.helpers.resuming import STEPS, BrokenOffError, Trace, break_off, config, losses, stop
+from tests.helpers.resuming import STEPS, BrokenOffError, Trace, break_off, config, losses, one_thread, stop
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _in_one_thread():
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
     trace = Trace()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    run = bigtrain.train(config(folder), hooks=[trace])
-    torch.set_num_threads(threads)
+    with one_thread():
+        run = bigtrain.train(config(folder), hooks=[trace])
     return run.path, trace
 
 
