@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.errors import BigtrainError, UserError
-
-# The folder that stands for the current one where code is looked for: a copy that was made when a job was submitted.
-CODE_VARIABLE = "BIGTRAIN_CODE"
+from bigtrain.sources import CODE_VARIABLE
 
 _INSTALLED = tuple({sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")})
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bigtrain.catalogue import OPTIMIZERS
 from bigtrain.config import schema
 from bigtrain.errors import PatternError, UserError
 from bigtrain.models.blocks import norm_and_bias
@@ -24,9 +25,7 @@ from bigtrain.patterns import match_names
 Schedule = Callable[[int], float]
 
 _BUILT_IN: dict[str, type[torch.optim.Optimizer]] = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
+    name: getattr(torch.optim, spec.partition(":")[2]) for name, spec in OPTIMIZERS.items()
 }
 
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bigtrain.config.combinations import in_one_process, on_this_machine, refuse
 from bigtrain.config.schema import Config, Engine
-from bigtrain.errors import CombinationError
 
 _GPU_DEVICE = re.compile(r"nvidia\d+")
 
@@ -78,19 +78,11 @@ def make_plan(
             several.
     """
     num_nodes = nodes or config.launch.nodes
-    if config.launch.target == "local" and num_nodes > 1:
-        raise CombinationError(
-            f"launch.target=local is this machine, and {num_nodes} nodes are asked for",
-            where="launch.nodes",
-            remedy="set launch.target=slurm, or launch.nodes=1",
-        )
+    if config.launch.target == "local":
+        refuse(on_this_machine(num_nodes))
     count = nproc or (config.launch.nproc if isinstance(config.launch.nproc, int) else count_gpus(config) or 1)
-    if config.engine.name == "single" and count * num_nodes > 1:
-        raise CombinationError(
-            f"the engine single runs in one process, and {count * num_nodes} are to be started",
-            where="engine.name",
-            remedy="set engine.name to ddp, fsdp or auto, or launch.nproc to 1",
-        )
+    if config.engine.name == "single":
+        refuse(in_one_process(count * num_nodes))
     program = ("bigtrain", *(("--debug",) if debug else ()), command, str(run_file), *overrides)
     if threads is None or isinstance(config.run.threads, int):
         threads = threads_per_rank(config, count)

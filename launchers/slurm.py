@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.errors import CombinationError, SetupError
-from bigtrain.named import CODE_VARIABLE
 from bigtrain.runs import write_atomically
+from bigtrain.sources import CODE_VARIABLE
 from launchers.job import Job
 from launchers.plan import LaunchPlan, interpreter
 from launchers.profiles import Profile

@@ -53,9 +53,9 @@ def show(
 @app.command()
 def check(run_file: RunFile, overrides: Overrides = None) -> None:
     """Say all that is wrong with a run file, or ok."""
-    from bigtrain.config.loader import load
+    from bigtrain.config.loader import check as check_file
 
-    load(run_file, overrides or ())
+    check_file(run_file, overrides or (), launched=True)
     typer.echo(f"ok: {run_file}")
 
 

@@ -29,11 +29,11 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Say what a run will do, and the memory it needs under every engine, without starting it."""
-    from bigtrain.config.loader import load
+    from bigtrain.config.loader import check
     from launchers.plan import make_plan
 
     changes = overrides or ()
-    config = load(run_file, changes).config
+    config = check(run_file, changes).config
     world_size = make_plan(config, run_file, changes, nproc=processes).nproc
     from bigtrain.explain import explain as find_out
     from bigtrain.explain.words import sections, title, warnings

@@ -37,13 +37,13 @@ def launch(
 
     On this machine through torchrun; on a cluster as a job, whose log is then followed.
     """
-    from bigtrain.config.loader import load
+    from bigtrain.config.loader import check
     from launchers.plan import make_plan
 
     options = {"target": target, "nproc": nproc, "nodes": nodes, "profile": profile}
     given = [f"launch.{name}={value}" for name, value in options.items() if value is not None]
     changes = [*(overrides or ()), *given]
-    config = load(run_file, changes).config
+    config = check(run_file, changes, launched=True).config
     debug = bool(context.find_root().params["debug"])
     if config.launch.target == "slurm":
         raise typer.Exit(_cluster(config, run_file, changes, debug, dry_run, detach, in_allocation))

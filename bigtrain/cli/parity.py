@@ -32,9 +32,9 @@ def parity(
 
     Exit code 0: the same; 1: something differs; 3: rounding alone differs too soon to tell.
     """
-    from bigtrain.config.loader import load
+    from bigtrain.config.loader import check
 
-    config = load(run_file, overrides or ()).config
+    config = check(run_file, overrides or ()).config
     names = _named(engines, _ENGINES, "engine", "--engines") if engines else None
     numbers = _named(precisions, ("fp32", "fp64", "bf16"), "precision", "--precisions")
     sizes = _sizes(world_sizes)

@@ -50,11 +50,11 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run.")] = False,
 ) -> None:
     """Train a run file with every combination of values, one run after another; what is finished is not run again."""
-    from bigtrain.config.loader import load
+    from bigtrain.config.loader import check, load
 
     keys, points = make_points(run_file, grid)
     for point in points:
-        load(run_file, point.changes)  # what is wrong with any of them is said before the first begins
+        check(run_file, point.changes, launched=True)  # what is wrong with any of them is said before the first begins
     typer.echo(f"{len(points)} runs over {', '.join(keys) or 'nothing'}")
     if dry_run:
         for point in points:

@@ -18,9 +18,9 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
     import os
 
     from bigtrain.beats import AGAIN
-    from bigtrain.config.loader import load
+    from bigtrain.config.loader import check
 
-    load(run_file, overrides or ())  # before torch is imported: what is wrong with the file is said at once
+    check(run_file, overrides or ())  # before torch is imported: what is wrong with the file is said at once
     from bigtrain.running import train as train_run
     from bigtrain.runs import ATTEMPT_VARIABLE
 

@@ -26,11 +26,11 @@ def try_run(
     """
     import os
 
-    from bigtrain.config.loader import load
+    from bigtrain.config.loader import check
     from bigtrain.runs import ATTEMPT_VARIABLE
 
     changes = list(overrides or ())
-    config = load(run_file, changes).config
+    config = check(run_file, changes).config
     if ATTEMPT_VARIABLE not in os.environ:
         raise typer.Exit(_start(context, run_file, changes, nproc))
     from bigtrain.rehearsal import rehearse

@@ -15,8 +15,10 @@ import yaml
 from pydantic import ValidationError
 
 from bigtrain.config import keys
+from bigtrain.config.combinations import clashes
 from bigtrain.config.files import read_file, with_base
 from bigtrain.config.layers import merge, read_overrides
+from bigtrain.config.names import check_names
 from bigtrain.config.nodes import Node, Problems, from_python, scalar_patterns
 from bigtrain.config.problems import NOT_YET, dotted, explain
 from bigtrain.config.schema import Config
@@ -39,6 +41,12 @@ class Resolved:
     config: Config
     origin: Mapping[str, str]
     path: Path | None = None
+
+
+class Checks(NamedTuple):
+    """What is checked besides the shape of a run file."""
+
+    launched: bool
 
 
 class Change(NamedTuple):
@@ -64,6 +72,23 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Resolved:
     return _resolve(read_file(path, problems), overrides, problems, path)
 
 
+def check(path: str | Path, overrides: Sequence[str] = (), *, launched: bool = False) -> Resolved:
+    """Read a run file, and refuse whatever can be known to be wrong before anything of it is imported or built.
+
+    Args:
+        path: The run file.
+        overrides: As for `load`.
+        launched: Whether it is to be started as its section `launch` says.
+
+    Raises:
+        ConfigError: As `load`; with names that are not there, arguments that do not fit, and choices that cannot
+            work together.
+    """
+    path = Path(path)
+    problems: Problems = []
+    return _resolve(read_file(path, problems), overrides, problems, path, Checks(launched))
+
+
 def from_dict(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Resolved:
     """Read a mapping of the shape of a run file; its `base:` is relative to the current directory.
 
@@ -85,20 +110,39 @@ def loads(text: str) -> Config:
     return from_dict(yaml.safe_load(text)).config
 
 
-def _resolve(node: Node | None, overrides: Sequence[str], problems: Problems, path: Path | None) -> Resolved:
+def _resolve(
+    node: Node | None,
+    overrides: Sequence[str],
+    problems: Problems,
+    path: Path | None,
+    checks: Checks | None = None,
+) -> Resolved:
     layer = read_overrides(overrides, problems)
     whole = node and with_base(node, path.parent if path else Path(), problems)
     if whole is None:
         raise _error(problems)
     tree = _with_name(merge(whole, layer, problems), path)
+    if checks:
+        problems += check_names(tree)
     try:
         config = Config.model_validate(tree.plain())
     except ValidationError as error:
         problems += explain(error, tree)
         raise _error(problems) from None
+    if checks:
+        problems += _clashing(config, tree, checks.launched)
     if problems:
         raise _error(problems)
     return Resolved(config, {dotted(at): _origin(tree, at) for at, _ in _leaves(config.model_dump())}, path)
+
+
+def _clashing(config: Config, tree: Node, launched: bool) -> Iterator[Problem]:
+    """Choices that cannot work together, at the place of the one to change, or of what comes nearest to it."""
+    for clash in clashes(config, launched=launched):
+        node = tree
+        for part in clash.key.split("."):
+            node = node.child(part) or node
+        yield Problem(f"{clash.key}: {clash.text}", node.origin, clash.key, (), clash.remedy)
 
 
 def _error(problems: Problems) -> ConfigError:

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
+from bigtrain.catalogue import DATA, DATA_LATER, TORCHVISION
+from bigtrain.config.combinations import of_evaluation
 from bigtrain.data.fingerprints import Digest, fingerprint
 from bigtrain.data.loader import EvalLoader, StepBatch, TrainLoader
 from bigtrain.data.plan import Position
@@ -25,16 +27,6 @@ from bigtrain.named import call, load, suggest
 from bigtrain.protocols import Dataset
 
 __all__ = ["DataSets", "EvalLoader", "Position", "StepBatch", "TrainLoader", "build", "combine", "create"]
-
-_OWN = {
-    "digits": "bigtrain.data.images:digits",
-    "image_folder": "bigtrain.data.images:image_folder",
-    "text": "bigtrain.data.text:text",
-    "tokens": "bigtrain.data.text:tokens",
-    "synthetic": "bigtrain.data.synthetic:synthetic",
-}
-_TORCHVISION = "torchvision/"
-_HAVE_ONE_PART = ("image_folder", "text", "tokens")  # which samples they have does not depend on the split
 
 
 @dataclass(frozen=True)
@@ -66,10 +58,10 @@ def create(name: str, split: str, args: Mapping[str, Any] | None = None, *, wher
         DataError: If there is no such source, an argument does not fit, or no usable dataset comes out.
     """
     args = dict(args or {})
-    if name.startswith(_TORCHVISION):
+    if name.startswith(TORCHVISION):
         from bigtrain.data import torchvision_datasets
 
-        made: Any = torchvision_datasets.create(name.removeprefix(_TORCHVISION), split, args, where=where)
+        made: Any = torchvision_datasets.create(name.removeprefix(TORCHVISION), split, args, where=where)
     else:
         factory: Callable[..., Any] = load(_find(name, where), error=DataError, where=f"{where}.name")
         try:
@@ -104,13 +96,9 @@ def build(
     Raises:
         DataError: If anything of it cannot be found or read, or does not fit together.
     """
-    is_same = isinstance(evaluation, Named) and (evaluation.name, dict(evaluation.args)) == (name, dict(args or {}))
-    if is_same and name in _HAVE_ONE_PART:
-        raise DataError(
-            f"evaluation would see the samples of training: both are {name} with the same args",
-            where="data.eval",
-            remedy="give other args, or hold out a share: data.eval: {split: 0.1}",
-        )
+    if isinstance(evaluation, Named):
+        for clash in of_evaluation(name, args or {}, evaluation.name, evaluation.args):
+            raise DataError(clash.text, where=clash.key, remedy=clash.remedy)
     return combine(
         create(name, "train", args),
         evaluation,
@@ -188,18 +176,18 @@ def _find(name: str, where: str) -> str:
     """Where the factory of a source lies, as `package.module:attribute`."""
     if ":" in name:
         return name
-    if name == "csv":
+    if name in DATA_LATER:
         raise DataError(
-            "the data 'csv' are not available yet",
+            f"the data {name!r} are not available yet",
             where=f"{where}.name",
             remedy="use package.module:factory, with a factory of your own that reads the file",
         )
-    if name not in _OWN:
+    if name not in DATA:
         remedy = (
-            suggest(name, [*_OWN, "torchvision/<Dataset>"], "sources") + "\ndata of your own are package.module:factory"
+            suggest(name, [*DATA, "torchvision/<Dataset>"], "sources") + "\ndata of your own are package.module:factory"
         )
         raise DataError(f"there are no data {name!r}", where=f"{where}.name", remedy=remedy)
-    return _OWN[name]
+    return DATA[name]
 
 
 def _transformed(dataset: Dataset, transforms: Sequence[Named], where: str) -> Dataset:

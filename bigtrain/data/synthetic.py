@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bigtrain.catalogue import SYNTHETIC_KINDS
 from bigtrain.data.order import mix, mix_array
 from bigtrain.errors import DataError
-from bigtrain.named import call, suggest
+from bigtrain.named import call, load, suggest
 
 _POOL = 1 << 20  # from how many places of the pool a window may begin
 _TO_PLACE = np.uint64(64 - 20)  # leaves a place: the upper bits, as the lower ones choose labels
@@ -81,11 +82,11 @@ def synthetic(split: str, *, kind: str, **args: Any) -> Synthetic:
     Raises:
         DataError: If there is no such kind, or an argument does not fit.
     """
-    if kind not in _KINDS:
+    if kind not in SYNTHETIC_KINDS:
         raise DataError(
             f"synthetic has no kind {kind!r}",
             where="data.args.kind",
-            remedy=suggest(str(kind), _KINDS, "kinds"),
+            remedy=suggest(str(kind), SYNTHETIC_KINDS, "kinds"),
         )
     counts = [v for value in args.values() for v in (value if isinstance(value, (list, tuple)) else [value])]
     if wrong := [value for value in counts if not (isinstance(value, int) and value > 0)]:
@@ -94,7 +95,8 @@ def synthetic(split: str, *, kind: str, **args: Any) -> Synthetic:
             where="data.args",
             remedy="correct that argument: samples, shape and the like are counts",
         )
-    made = call(_KINDS[kind], args, name=f"synthetic {kind}", error=DataError, where="data.args")
+    factory = load(SYNTHETIC_KINDS[kind], error=DataError, where="data.args.kind")
+    made = call(factory, args, name=f"synthetic {kind}", error=DataError, where="data.args")
     samples, make, facts = made
     return Synthetic(samples, make, f"synthetic-{kind}-{split}-{sorted(args.items())}", mix(split == "eval"), **facts)
 
@@ -139,13 +141,6 @@ def _causal_lm(samples: int = 1024, context: int = 128, vocab: int = 257) -> _Ma
         return {"tokens": torch.from_numpy(tokens.astype(np.int64))}
 
     return samples, make, {"vocab_size": vocab}
-
-
-_KINDS: dict[str, Callable[..., _Made]] = {
-    "classification": _classification,
-    "regression": _regression,
-    "causal_lm": _causal_lm,
-}
 
 
 def _windows(shape: Sequence[int], seed: int) -> Callable[[NDArray[np.uint64]], NDArray[np.float32]]:

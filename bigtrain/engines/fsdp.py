@@ -19,6 +19,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from bigtrain.config.combinations import of_fsdp, refuse
 from bigtrain.dist import World
 from bigtrain.engines.base import Choices, Held, TorchEngine
 from bigtrain.errors import CombinationError
@@ -48,10 +49,12 @@ class FSDPEngine(TorchEngine):
         world: World,
         choices: Choices,
     ) -> None:
+        cpu_offload = choices.cpu_offload and world.device.type == "cpu"
+        refuse(of_fsdp(cpu_offload=cpu_offload, shard_size=choices.shard_size, processes=world.size))
         self._mesh = _mesh(world, choices.shard_size)
         # Their gradients are summed in _collect_gradients.
         whole = {p for p in model.parameters() if stays_whole(p)}
-        offload: OffloadPolicy = CPUOffloadPolicy() if _may_offload(world, choices) else OffloadPolicy()
+        offload: OffloadPolicy = CPUOffloadPolicy() if choices.cpu_offload else OffloadPolicy()
         # Inputs are cast where the model begins, as under every engine, not where each block does.
         precision = MixedPrecisionPolicy(choices.compute_dtype, torch.float32, cast_forward_inputs=False)
         shared: dict[str, Any] = {"mesh": self._mesh, "offload_policy": offload, "ignored_params": whole}
@@ -188,29 +191,9 @@ def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def _may_offload(world: World, choices: Choices) -> bool:
-    if choices.cpu_offload and world.device.type == "cpu":
-        raise CombinationError(
-            "engine.fsdp.cpu_offload moves shards from a GPU to the host, and this run computes on the host",
-            where="engine.fsdp.cpu_offload",
-            remedy="set it to false, or run on a GPU",
-        )
-    return choices.cpu_offload
-
-
 def _mesh(world: World, shard_size: int | None) -> DeviceMesh:
-    """All ranks in a row, or replicas × shards.
-
-    Raises:
-        CombinationError: Where the ranks cannot be divided so.
-    """
+    """All ranks in a row, or replicas × shards."""
     if shard_size is None or shard_size == world.size:
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    if world.size % shard_size:
-        raise CombinationError(
-            f"engine.fsdp.shard_size is {shard_size}, which does not divide the {world.size} processes",
-            where="engine.fsdp.shard_size",
-            remedy="choose a divisor of the number of processes, or null for all of them",
-        )
     shape = (world.size // shard_size, shard_size)
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))

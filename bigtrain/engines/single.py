@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from bigtrain.config.combinations import in_one_process, refuse
 from bigtrain.dist import World
 from bigtrain.engines.base import Choices, TorchEngine
-from bigtrain.errors import CombinationError
 from bigtrain.optim import OptimizerPlan
 
 
@@ -16,10 +16,5 @@ class SingleEngine(TorchEngine):
     name = "single"
 
     def __init__(self, model: nn.Module, plan: OptimizerPlan, world: World, choices: Choices) -> None:
-        if world.size > 1:
-            raise CombinationError(
-                f"the engine single runs in one process, and there are {world.size}",
-                where="engine.name",
-                remedy="set engine.name to ddp, fsdp or auto, or launch.nproc to 1",
-            )
+        refuse(in_one_process(world.size))
         super().__init__(model, model, plan, world, choices)

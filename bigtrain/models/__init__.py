@@ -13,25 +13,16 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from bigtrain.catalogue import HUGGING_FACE, MODELS, TIMM, TORCHVISION
 from bigtrain.errors import ModelError
 from bigtrain.named import call, load, suggest
-
-_OWN = {
-    "bigmodel": "bigtrain.models.convnets:BigModel",
-    "simple_cnn": "bigtrain.models.convnets:SimpleCNN",
-    "gpt": "bigtrain.models.gpt:GPT",
-    "lstm": "bigtrain.models.lstm:LSTM",
-}
-_LATER = "hf/"
-_TORCHVISION = "torchvision/"
-_TIMM = "timm/"
 
 
 def names() -> list[str]:
     """The models that need no extra: ours, then torchvision's. This imports torchvision."""
     from bigtrain.models import torchvision_models
 
-    return [*_OWN, *(_TORCHVISION + builder for builder in torchvision_models.names())]
+    return [*MODELS, *(TORCHVISION + builder for builder in torchvision_models.names())]
 
 
 def build(name: str, args: Mapping[str, Any] | None = None) -> nn.Module:
@@ -47,14 +38,14 @@ def build(name: str, args: Mapping[str, Any] | None = None) -> nn.Module:
         SetupError: Where the model's library is an extra that is not installed.
     """
     args = dict(args or {})
-    if name.startswith(_TORCHVISION):
+    if name.startswith(TORCHVISION):
         from bigtrain.models import torchvision_models
 
-        model: object = torchvision_models.build(name.removeprefix(_TORCHVISION), args)
-    elif name.startswith(_TIMM):
+        model: object = torchvision_models.build(name.removeprefix(TORCHVISION), args)
+    elif name.startswith(TIMM):
         from bigtrain.models import timm_models
 
-        model = timm_models.build(name.removeprefix(_TIMM), args)
+        model = timm_models.build(name.removeprefix(TIMM), args)
     else:
         factory = load(_find(name), error=ModelError, where="model.name")
         model = call(factory, args, name=name, error=ModelError, where="model.args")
@@ -69,7 +60,7 @@ def is_fillable(name: str) -> bool:
     Raises:
         ModelError: Where there is no such model.
     """
-    if name.startswith((_TORCHVISION, _TIMM)):
+    if name.startswith((TORCHVISION, TIMM)):
         return False
     factory = load(_find(name), error=ModelError, where="model.name")
     made = factory if isinstance(factory, type) else typing.get_type_hints(factory).get("return")
@@ -80,16 +71,16 @@ def _find(name: str) -> str:
     """Where the factory of a model lies, as `package.module:attribute`."""
     if ":" in name:
         return name
-    if name.startswith(_LATER):
+    if name.startswith(HUGGING_FACE):
         raise ModelError(
             f"{name!r}: models of Hugging Face are not available yet",
             where="model.name",
             remedy="use package.module:factory, with a factory of your own that makes the model",
         )
-    if name not in _OWN:
+    if name not in MODELS:
         remedy = suggest(name, names(), "models") + "\na model of your own is package.module:factory"
         raise ModelError(f"there is no model {name!r}", where="model.name", remedy=remedy)
-    return _OWN[name]
+    return MODELS[name]
 
 
 def _checked(model: object, name: str) -> nn.Module:

@@ -9,20 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bigtrain.catalogue import TASKS
 from bigtrain.errors import UserError
 from bigtrain.named import call, load, suggest
 from bigtrain.protocols import Task
 
-_OWN = {
-    "classification": "bigtrain.tasks.classification:Classification",
-    "causal_lm": "bigtrain.tasks.causal_lm:CausalLM",
-    "regression": "bigtrain.tasks.regression:Regression",
-}
-
 
 def names() -> list[str]:
     """The tasks that have a name of their own."""
-    return list(_OWN)
+    return list(TASKS)
 
 
 def build(name: str, args: Mapping[str, Any] | None = None) -> Task:
@@ -36,10 +31,10 @@ def build(name: str, args: Mapping[str, Any] | None = None) -> Task:
         UserError: Where there is no such task, an argument does not fit, or what comes out has no `loss` and
             `metrics`.
     """
-    if ":" not in name and name not in _OWN:
-        remedy = suggest(name, _OWN, "tasks") + "\na task of your own is package.module:Class"
+    if ":" not in name and name not in TASKS:
+        remedy = suggest(name, TASKS, "tasks") + "\na task of your own is package.module:Class"
         raise UserError(f"there is no task {name!r}", where="task.name", remedy=remedy)
-    factory = load(_OWN.get(name, name), error=UserError, where="task.name")
+    factory = load(TASKS.get(name, name), error=UserError, where="task.name")
     return checked(call(factory, args or {}, name=name, error=UserError, where="task.args"), name)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from bigtrain.config import combinations
 from bigtrain.dist import join
 from bigtrain.engines import deepspeed, deepspeed_config
 from bigtrain.engines.base import Zero
@@ -108,7 +109,7 @@ CANNOT: dict[str, tuple[str, dict[str, Any], str, str]] = {
 def build_and_train(layout: str, options: dict[str, Any], is_checked: bool) -> None:
     if not is_checked:
         deepspeed_config.check = lambda *args: None  # type: ignore[assignment]
-        deepspeed_config._REFUSED.clear()
+        combinations.REFUSED.clear()
         deepspeed.host_adam = lambda plan, tensors: plan.build(tensors)  # type: ignore[assignment]
     with join("cpu", needs_group=True) as world:
         options = {"empty": layout != "zero3", **options}

@@ -14,7 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 FLOORS = {
+    "bigtrain.catalogue": 0,
     "bigtrain.errors": 0,
+    "bigtrain.sources": 0,
     "bigtrain.beats": 1,
     "bigtrain.config": 1,
     "bigtrain.convert": 1,
@@ -65,7 +67,7 @@ FLOORS = {
 
 OPEN_TO_LAUNCHERS = (
     *("bigtrain.beats", "bigtrain.config", "bigtrain.errors", "bigtrain.lease", "bigtrain.named"),
-    *("bigtrain.failures", "bigtrain.metrics", "bigtrain.runs", "bigtrain.starting"),
+    *("bigtrain.failures", "bigtrain.metrics", "bigtrain.runs", "bigtrain.sources", "bigtrain.starting"),
 )
 
 # What a module may not import although it stands above it.
@@ -82,11 +84,13 @@ FORBIDDEN = {
 TORCH_FREE = (
     *(
         "bigtrain.beats",
+        "bigtrain.catalogue",
         "bigtrain.errors",
         "bigtrain.config",
         "bigtrain.convert",
         "bigtrain.failures",
         "bigtrain.lease",
+        "bigtrain.sources",
     ),
     *("bigtrain.metrics", "bigtrain.named", "bigtrain.patterns", "bigtrain.runs", "bigtrain.starting", "launchers"),
 )

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from bigtrain import data, models, tasks
-from bigtrain.data import synthetic
+from bigtrain.catalogue import DATA, MODELS, SYNTHETIC_KINDS, TASKS
 from bigtrain.named import load
 
 TEXT = (Path(__file__).parents[2] / "docs/run_file.md").read_text()
 ROWS = dict(re.findall(r"^\| `([^`]+)` \| (.*) \|$", TEXT, re.MULTILINE))
-OWN = models._OWN | data._OWN | tasks._OWN
+OWN = MODELS | DATA | TASKS
 
 
 def shown(text: str) -> dict[str, Any]:
@@ -41,10 +40,11 @@ def test_arguments(name: str) -> None:
     assert shown(ROWS[name].partition(". ")[0]) == arguments
 
 
-@pytest.mark.parametrize("kind", sorted(synthetic._KINDS))
+@pytest.mark.parametrize("kind", sorted(SYNTHETIC_KINDS))
 def test_arguments_of_synthetic_data(kind: str) -> None:
     (cell,) = re.findall(rf"`{kind}` \(([^)]*)\)", ROWS["synthetic"])
-    arguments = {name: list(v) if isinstance(v, tuple) else v for name, v in taken(synthetic._KINDS[kind]).items()}
+    factory = load(SYNTHETIC_KINDS[kind], error=AssertionError, where=kind)
+    arguments = {name: list(v) if isinstance(v, tuple) else v for name, v in taken(factory).items()}
     assert shown(cell) == arguments
 
 

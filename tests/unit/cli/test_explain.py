@@ -77,7 +77,7 @@ def test_memory_says_what_is_left(bt):
     ("args", "text"),
     [
         (["optim.nmae=sgd"], "did you mean: optim.name"),
-        (["model.name=bigmdel"], "there is no model 'bigmdel'"),
+        (["model.name=bigmdel"], "model.name: bigmdel is not a model"),
         (["engine.name=single", "--gpus", "2"], "the engine single runs in one process"),
         (["--gpus", "0"], "--gpus"),
     ],

@@ -1,0 +1,56 @@
+"""What a run file may name: every model, data source, task and optimizer of our own, and where its factory lies.
+
+A name stands here once. `bigtrain.models`, `data`, `tasks` and `optim` import what is asked for; a run file is checked
+against these tables before anything is imported. This module imports nothing.
+"""
+
+from __future__ import annotations
+
+MODELS = {
+    "bigmodel": "bigtrain.models.convnets:BigModel",
+    "simple_cnn": "bigtrain.models.convnets:SimpleCNN",
+    "gpt": "bigtrain.models.gpt:GPT",
+    "lstm": "bigtrain.models.lstm:LSTM",
+}
+
+WITHOUT_BLOCKS = ("bigmodel", "simple_cnn")
+"""Models that have no repeated parts."""
+
+DATA = {
+    "digits": "bigtrain.data.images:digits",
+    "image_folder": "bigtrain.data.images:image_folder",
+    "text": "bigtrain.data.text:text",
+    "tokens": "bigtrain.data.text:tokens",
+    "synthetic": "bigtrain.data.synthetic:synthetic",
+}
+
+SYNTHETIC_KINDS = {
+    "classification": "bigtrain.data.synthetic:_classification",
+    "regression": "bigtrain.data.synthetic:_regression",
+    "causal_lm": "bigtrain.data.synthetic:_causal_lm",
+}
+
+DATA_WITHOUT_SPLITS = ("image_folder", "text", "tokens")
+"""Sources whose samples do not depend on the split."""
+
+DATA_FOR_TRAINING_ONLY = ("digits",)
+"""Sources that have no part for evaluation."""
+
+DATA_LATER = ("csv",)
+"""Sources that are not built yet."""
+
+TASKS = {
+    "classification": "bigtrain.tasks.classification:Classification",
+    "causal_lm": "bigtrain.tasks.causal_lm:CausalLM",
+    "regression": "bigtrain.tasks.regression:Regression",
+}
+
+OPTIMIZERS = {
+    "sgd": "torch.optim:SGD",
+    "adam": "torch.optim:Adam",
+    "adamw": "torch.optim:AdamW",
+}
+
+TORCHVISION = "torchvision/"
+TIMM = "timm/"
+HUGGING_FACE = "hf/"
