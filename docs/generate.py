@@ -21,7 +21,16 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for package in ("bigtrain", "launchers") for path in (ROOT / package).rglob("*.py"))
 CLASSES = {name: cls for name, cls in vars(errors).items() if inspect.isclass(cls) and issubclass(cls, Exception)}
 # Functions and parameters that stand for one of the classes where it is called.
-STAND_INS = {"error": "UserError", "refuse": "ConfigError", "Problem": "ConfigError", "cls": "BigtrainError"}
+STAND_INS = {
+    "error": "UserError",
+    "refuse": "ConfigError",
+    "Problem": "ConfigError",
+    "problem": "ConfigError",
+    "Clash": "CombinationError",
+    "cls": "BigtrainError",
+}
+# Where the remedy stands among their arguments, if it is not named.
+REMEDY_AT = {"refuse": 1, "Problem": 4, "problem": 2, "Clash": 2}
 LONGEST = 400
 
 
@@ -64,15 +73,17 @@ def _messages_in(path: Path) -> Iterator[Message]:
         if not text.strip("‹›").strip() or (text.startswith("‹") and text.endswith("›") and text.count("‹") == 1):
             continue  # handed on: it is listed where it was made
         remedy = next((keyword.value for keyword in node.keywords if keyword.arg == "remedy"), None)
-        if remedy is None and name == "refuse" and len(node.args) > 1:
-            remedy = node.args[1]
+        at = REMEDY_AT.get(name or "", 0)
+        if remedy is None and 0 < at < len(node.args):
+            remedy = node.args[at]
         yield Message(kind, text, _words(remedy, named, node.lineno) if remedy else "", module, node.lineno)
 
 
 def _callee(node: ast.Call) -> str | None:
     if isinstance(node.func, ast.Name):
         return node.func.id
-    return node.func.attr if isinstance(node.func, ast.Attribute) and node.func.attr in CLASSES else None
+    known = isinstance(node.func, ast.Attribute) and node.func.attr in (*CLASSES, "problem")
+    return node.func.attr if known else None
 
 
 def _assignments(tree: ast.AST) -> dict[str, list[tuple[int, ast.expr]]]:
