@@ -124,9 +124,11 @@ def test_a_run_that_works(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_a_users_error_is_told_once(tmp_path: Path, nproc: int) -> None:
-    done = launch(run_file(tmp_path, model="bigmodle"), f"--nproc={nproc}")
+    """One that only a rank can find."""
+    path = run_file(tmp_path, model={"name": "torchvision/resnet18", "args": {"num_clases": 10}})
+    done = launch(path, f"--nproc={nproc}")
     assert done.returncode == 2
-    assert done.stderr.count("there is no model 'bigmodle'") == 1
+    assert done.stderr.count("has no argument 'num_clases'") == 1
     assert not (tmp_path / "runs").exists()
 
 
