@@ -93,6 +93,7 @@ class Loop:
         saver: Keeps the state on disk; None keeps nothing.
         done: How far the run has come already.
         pulse: Told of everything that is done.
+        after_step: Told after a step how many have been taken, and whether this one was left out; nobody waits for it.
         compare_every: After how many steps the copies that ranks hold are compared; None: never.
         forward_waits: Whether ranks wait for one another in a forward pass.
     """
@@ -114,6 +115,7 @@ class Loop:
         saver: Saver | None = None,
         done: Outcome | None = None,
         pulse: Pulse | None = None,
+        after_step: Callable[[int, Tensor | bool], None] | None = None,
         compare_every: int | None = None,
         forward_waits: bool = False,
     ) -> None:
@@ -123,7 +125,7 @@ class Loop:
         self._replicas = Replicas(world, engine.state, compare_every)
         self._steps, self._eval_batches, self._move = steps, eval_batches, move
         self._schedule, self._base_lrs, self._cadence = schedule, base_lrs, cadence
-        self._trackers, self._hooks = trackers, hooks
+        self._trackers, self._hooks, self._after_step = trackers, hooks, after_step
         self._agreement = Agreement(world)
         self._watch = NonFiniteWatch(world, on_nonfinite)
         self._meter = Meter(world)
@@ -191,6 +193,8 @@ class Loop:
         self.outcome.steps += 1
         self.outcome.samples += data.num_samples
         self.outcome.position = data.end
+        if self._after_step is not None:
+            self._after_step(self.outcome.steps, result.skipped)
         self._meter.step(data.num_samples, waited)
         self._after(result, data, lr_scale)
         self._agree()

@@ -247,7 +247,7 @@ def expected_bytes(state: EngineState, trained: set[str], slot_bytes: float) -> 
         slot_bytes: What the optimizer will keep for each of their elements.
     """
     present = bytes_of(state) + _BYTES_A_RANK + _BYTES_A_TENSOR * sum(piece.is_owner for piece in state.pieces)
-    has_slots = any(piece.kind not in ("weight", "buffer") and piece.data.ndim for piece in state.pieces)
+    has_slots = any(piece.kind not in ("weight", "buffer", "ema") and piece.data.ndim for piece in state.pieces)
     if has_slots:
         return present
     mine = [p for p in state.pieces if p.is_owner and p.kind == "weight" and p.name in trained]

@@ -18,6 +18,7 @@ from bigtrain.errors import StateError
 
 WEIGHT = "weight"
 BUFFER = "buffer"
+EMA = "ema"
 
 
 class Box(NamedTuple):

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-import torch._dynamo
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from bigtrain import data as data_layer
 from bigtrain import engines, models, tasks
+from bigtrain.compiling import compile_parts, try_compiled
 from bigtrain.config.schema import Config
 from bigtrain.data import EvalLoader, TrainLoader
 from bigtrain.dist import World
 from bigtrain.engines import Choices, Engine
+from bigtrain.engines.averaging import Averaged
 from bigtrain.engines.base import Zero
-from bigtrain.errors import CombinationError, DataError, ModelError
+from bigtrain.errors import DataError, ModelError
 from bigtrain.finetune.freeze import FreezePlan, begins_at, phase_at, plan_freezing
 from bigtrain.health.pulse import Pulse
 from bigtrain.loop import Loop, moved
-from bigtrain.models.blocks import without_shared_parameters
 from bigtrain.optim import OptimizerPlan, Schedule, make_schedule, plan_optimizer
 from bigtrain.prepare import (
     COMPUTE_DTYPES,
     DTYPES,
     Prepared,
-    compile_forward,
     prepare,
     refuse_local_batchnorm,
     seed_everything,
@@ -79,6 +76,7 @@ class Training:
     freezing: FreezePlan
     phase: int  # of the freeze plan: what this model and engine were built for
     class_names: list[str] | None = None  # of the labels, where the data tell
+    average: Averaged | None = None  # the engine itself, where it keeps averages of the weights
 
     @property
     def engine_choice(self) -> str:
@@ -111,6 +109,7 @@ class Training:
             saver=saver,
             done=done,
             pulse=pulse,
+            after_step=None if self.average is None else self.average.update,
             compare_every=self.config.health.compare_every,
             forward_waits=engines.shards(self.engine.name, self.config.engine.deepspeed.stage),
         )
@@ -165,20 +164,28 @@ def assemble(
     _try_first_batch(config, task, prepared.model, sets, world)
     plan = plan_for_phase(prepared.model, config, freezing, phase)
     sizes = [(p.numel(), p.requires_grad) for p in prepared.model.parameters()]
-    compiled = _compile(config, name, prepared)
+    compiled = compile_parts(config, name, prepared.model, prepared.blocks)
     choices = _choices(config, prepared, compiled)
     engine = engines.build(name, prepared.model, prepared.blocks, plan, world, choices)
+    average = _averaged(engine, config, plan)
     cadence = _cadence(config, train)
     schedule = _schedule(config, cadence, train)
     # From here on random numbers are each rank's own: dropout must differ between ranks.
     seed_everything(config.run.seed + world.rank)
     label = f"deepspeed stage {config.engine.deepspeed.stage}" if name == "deepspeed" else name
-    parts = (task, prepared.model, engine, plan, schedule, train, evaluation, cadence)
-    facts = (label, why, sets.fingerprint, sizes, freezing, phase, class_names_of(sets))
+    parts = (task, prepared.model, average or engine, plan, schedule, train, evaluation, cadence)
+    facts = (label, why, sets.fingerprint, sizes, freezing, phase, class_names_of(sets), average)
     training = Training(config, world, *parts, *facts)
     if config.compile.scope != "none":
-        _try_compiled(training, compiled)
+        batch = next(iter(evaluation)) if evaluation else next(train.steps()).microbatches[0]
+        try_compiled(engine, task, training.move(batch), compiled, is_stage_3=label == "deepspeed stage 3")
     return training
+
+
+def _averaged(engine: Engine, config: Config, plan: OptimizerPlan) -> Averaged | None:
+    wanted = config.optim.ema
+    names = [name for group in plan.groups for name in group.names]
+    return None if wanted is None else Averaged(engine, names, wanted.decay, evaluates=wanted.evaluate)
 
 
 def build_task(config: Config, subject: Subject = Subject()) -> Task:
@@ -255,57 +262,6 @@ def _prepare(
 def _recompute(config: Config) -> str | int:
     wanted = config.activation_checkpointing
     return wanted if isinstance(wanted, str) else wanted.every
-
-
-def _compile(config: Config, engine: str, prepared: Prepared) -> list[nn.Module]:
-    """Give forwards to torch.compile; returns the blocks whose forward it has."""
-    scope = config.compile.scope
-    if scope == "none":
-        return []
-    is_stage_3 = engine == "deepspeed" and config.engine.deepspeed.stage == 3
-    if scope == "model":
-        # These put hooks inside the model, which no graph can hold: fsdp around blocks, stage 3 around every module.
-        has_hooks = engine == "fsdp" or is_stage_3
-        compile_forward([prepared.model], fullgraph=config.compile.fullgraph and not has_hooks)
-        return []
-    blocks = prepared.blocks
-    if is_stage_3:  # which gathers a compiled block as one, and a parameter in one of them alone
-        blocks = without_shared_parameters(prepared.model, blocks)
-    compile_forward(blocks, fullgraph=config.compile.fullgraph)
-    return list(blocks)
-
-
-def _try_compiled(training: Training, blocks: Sequence[nn.Module]) -> None:
-    """Trace the model by an evaluation of one batch, so that what cannot be compiled is known before the first step.
-
-    Raises:
-        CombinationError: Where it cannot be traced, or a block cannot be gathered as one.
-    """
-    evaluation = training.evaluation
-    batch = next(iter(evaluation)) if evaluation else next(training.train.steps()).microbatches[0]
-    calls = Counter[nn.Module]()
-    handles = [block.register_forward_pre_hook(lambda block, args: calls.update([block])) for block in blocks]
-    try:
-        with training.engine.evaluating():
-            training.task.loss(training.engine.model, training.move(batch))
-    except torch._dynamo.exc.TorchDynamoException as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CombinationError(
-            f"the model cannot be compiled as one graph: {reason}",
-            where="compile",
-            remedy="set compile={scope: blocks, fullgraph: false}, which runs such parts as they are; or compile=none",
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    twice = [type(block).__name__ for block, count in calls.items() if count > 1]
-    if twice and training.config.engine.deepspeed.stage == 3 and training.engine.name == "deepspeed":
-        raise CombinationError(
-            f"a {twice[0]} runs {max(calls.values())} times in one forward, and DeepSpeed's stage 3 sums the gradients "
-            "of a compiled block after the first",
-            where="compile",
-            remedy="set compile=none, engine.deepspeed.stage=2, or engine.name=fsdp",
-        )
 
 
 def _given(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:

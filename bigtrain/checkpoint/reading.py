@@ -22,7 +22,7 @@ from bigtrain.checkpoint.manifest import LARGEST_MANIFEST, MANIFEST, STATE, Mani
 from bigtrain.checkpoint.shard_file import ShardFile, corrupt, read_all, read_verified
 from bigtrain.checkpoint.shards import CHUNK, TORCH_DTYPES, Entry, hash_of
 from bigtrain.errors import CheckpointError
-from bigtrain.state import Box, TensorSpec
+from bigtrain.state import EMA, Box, TensorSpec
 
 _MOST_OPEN = 128  # files at once
 _SCRATCH = 4 * CHUNK  # bytes, for what cannot be read straight to where it is wanted
@@ -104,6 +104,19 @@ class CheckpointReader:
             return json_exact.loads(shard.header.rank)
         except ValueError as error:
             raise corrupt(shard.path, str(error)) from error
+
+    def check_averages(self) -> None:
+        """See that there are moving averages of weights.
+
+        Raises:
+            CheckpointError: Where there are none.
+        """
+        if not any(kind == EMA for kind, _ in self.index):
+            raise CheckpointError(
+                f"{self.path} holds no averages of weights",
+                where=str(self.path),
+                remedy="take the weights themselves (--no-ema); a run keeps averages where optim.ema says so",
+            )
 
     def shard(self, writer: int) -> ShardFile:
         """A writer's file, its header verified."""

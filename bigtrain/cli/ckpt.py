@@ -183,6 +183,7 @@ def export_(
     path: Path_,
     out: Annotated[Path, typer.Argument(help="The file or folder to make.")],
     to: Annotated[Form, typer.Option("--to", help="What to make of it.")],
+    ema: Annotated[bool, typer.Option("--ema", help="The moving averages (optim.ema) instead of the weights.")] = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, a safetensors or .pt file, a DCP or a DeepSpeed folder."""
     from bigtrain.checkpoint import open_checkpoint
@@ -190,8 +191,8 @@ def export_(
 
     target = _checkpoint(path)
     with open_checkpoint(target) as reader, _progress("exporting", _size(target)) as advance:
-        export(reader, out, to, advance)
-    typer.echo(f"{out}: step {reader.step} of {target}, as {to}")
+        export(reader, out, to, advance, averaged=ema)
+    typer.echo(f"{out}: step {reader.step} of {target}, as {to}" + (", averages of weights" if ema else ""))
 
 
 @app.command("import")

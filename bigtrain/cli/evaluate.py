@@ -18,6 +18,10 @@ _WIDEST_MATRIX = 20  # classes that a terminal shows
 Place = Annotated[
     str, typer.Argument(metavar="RUN|CKPT", help="A run's name or folder (its newest checkpoint), or a checkpoint.")
 ]
+Ema = Annotated[
+    bool | None,
+    typer.Option("--ema/--no-ema", help="With the moving averages of weights, or without; as the run evaluated."),
+]
 Folder = Annotated[Path, typer.Option("--dir", help="The folder of all runs, in which names are looked for.")]
 
 
@@ -28,6 +32,7 @@ def evaluate(
         list[str] | None, typer.Option("--data", metavar="KEY=VALUE", help="As data.KEY=VALUE: other data, say.")
     ] = None,
     folder: Folder = Path("runs"),
+    ema: Ema = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Measure a trained model on all of its evaluation data, in this process, whatever engine trained it."""
@@ -35,7 +40,7 @@ def evaluate(
     from bigtrain.evaluating import find_checkpoint, opened
 
     changes = ["eval.max_batches=null", *(f"data.{change}" for change in data or ()), *(overrides or ())]
-    with opened(find_checkpoint(place, folder), changes) as trained:
+    with opened(find_checkpoint(place, folder), changes, averaged=ema) as trained:
         found = measure(trained)
         if as_json:
             typer.echo(json.dumps({**_about(trained), **found.as_dict()}, indent=2))
@@ -55,6 +60,7 @@ def predict(
         str | None, typer.Option(help="`bytes` or a tokenizer.json, where the run file names none.")
     ] = None,
     folder: Folder = Path("runs"),
+    ema: Ema = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of text.")] = False,
 ) -> None:
@@ -64,7 +70,7 @@ def predict(
     from bigtrain.evaluating.predicting import Generating
 
     how = Generating(max_tokens, temperature, seed, tokenizer)
-    with opened(find_checkpoint(place, folder)) as trained:
+    with opened(find_checkpoint(place, folder), averaged=ema) as trained:
         answers = ask(trained, inputs, how)
         if as_json:
             typer.echo(json.dumps([answer.as_dict() for answer in answers], indent=2))

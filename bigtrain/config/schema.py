@@ -28,6 +28,7 @@ from bigtrain.config.operation import (
 )
 from bigtrain.config.training import (
     Data,
+    Ema,
     EvalData,
     Finetune,
     HeldOut,
@@ -46,6 +47,7 @@ __all__ = [
     "Config",
     "Data",
     "DeepSpeed",
+    "Ema",
     "Engine",
     "Eval",
     "EvalData",

@@ -232,6 +232,16 @@ class Schedule(Section):
         return {key: value for key, value in handler(self).items() if key in used}
 
 
+class Ema(Section):
+    """Moving averages of the weights, beside them."""
+
+    decay: Share
+    """The share of itself that an average keeps in a step, 0.999 say; less at first, (1 + step) / (10 + step)."""
+
+    evaluate: bool = True
+    """Evaluate with the averages instead of the weights."""
+
+
 class Optim(Section):
     """The optimizer, its groups of parameters and its learning rate."""
 
@@ -258,6 +268,9 @@ class Optim(Section):
 
     schedule: Schedule = Field(default_factory=Schedule)
     """How the learning rate moves over the run."""
+
+    ema: Ema | None = None
+    """Moving averages of the trained weights, as {decay: 0.999}; null: none."""
 
     @field_validator("name")
     @classmethod

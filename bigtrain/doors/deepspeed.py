@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bigtrain.doors.kept import KEY, as_text, from_text
 from bigtrain.errors import CheckpointError, CorruptError, SetupError
-from bigtrain.state import BUFFER, WEIGHT, Box, TensorSpec
+from bigtrain.state import BUFFER, EMA, WEIGHT, Box, TensorSpec
 
 Key = tuple[str, str]
 
@@ -46,7 +46,7 @@ def write(path: Path, reader: Any) -> None:
     zero = path / tag / "zero"
     zero.mkdir(parents=True)
     for kind, name in reader.index:
-        if kind == BUFFER:
+        if kind in (BUFFER, EMA):  # it loads whatever file lies there as a slot of its optimizer
             continue
         tensor = reader.whole((kind, name))
         # Its loading takes the step from the step file, and casts nothing.

@@ -24,7 +24,7 @@ from bigtrain.doors.kept import as_text
 from bigtrain.doors.memory import tensor_for
 from bigtrain.errors import CheckpointError, SaveError, SetupError
 from bigtrain.models import build
-from bigtrain.state import BUFFER, WEIGHT, whole
+from bigtrain.state import BUFFER, EMA, WEIGHT, whole
 
 Key = tuple[str, str]
 Progress = Callable[[int], None]
@@ -34,7 +34,14 @@ FORMS = ("hf", "safetensors", "torch", "dcp", "deepspeed")
 _LARGEST_SHARD = 5 * 10**9  # bytes of a file of a Hugging Face folder, its library's own default
 
 
-def export(reader: CheckpointReader, out: Path, form: str, progress: Progress = lambda count: None) -> None:
+def export(
+    reader: CheckpointReader,
+    out: Path,
+    form: str,
+    progress: Progress = lambda count: None,
+    *,
+    averaged: bool = False,
+) -> None:
     """Write a checkpoint in another form.
 
     Args:
@@ -42,17 +49,20 @@ def export(reader: CheckpointReader, out: Path, form: str, progress: Progress = 
         out: The file or folder to make; it must not be there.
         form: hf, safetensors, torch, dcp or deepspeed; the last three hold the optimizer's state as well.
         progress: Told how many bytes have been written since the last time.
+        averaged: Write the moving averages of weights (optim.ema) in their place.
 
     Raises:
-        CheckpointError: Where something is there, or this checkpoint cannot be given that form.
+        CheckpointError: Where something is there, this checkpoint cannot be given that form, or has no averages.
         SaveError: Where it cannot be written.
     """
     out = Path(out)
     if out.exists() or out.is_symlink():
         raise CheckpointError(f"{out} is there already", where=str(out), remedy="give another name, or remove it")
+    if averaged:
+        reader.check_averages()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _export(reader, out, form, progress)
+        _export(_Watched(reader, progress, averaged=averaged), out, form)
     except OSError as error:
         raise SaveError(
             f"cannot write {out}: {error.strerror or error}",
@@ -61,10 +71,10 @@ def export(reader: CheckpointReader, out: Path, form: str, progress: Progress = 
         ) from error
 
 
-def _export(reader: CheckpointReader, out: Path, form: str, progress: Progress) -> None:
+def _export(reader: _Watched, out: Path, form: str) -> None:
     aside = out.with_name(f".{out.name}.part-{os.getpid()}")
     try:
-        _WRITERS[form](_Watched(reader, progress), aside)
+        _WRITERS[form](reader, aside)
         os.replace(aside, out)
     finally:
         if aside.is_dir():
@@ -74,15 +84,17 @@ def _export(reader: CheckpointReader, out: Path, form: str, progress: Progress) 
 
 
 class _Watched:
-    """A reader that tells how far it has come."""
+    """A reader that tells how far it has come, and may have averages in the place of weights."""
 
-    def __init__(self, reader: CheckpointReader, progress: Progress) -> None:
+    def __init__(self, reader: CheckpointReader, progress: Progress, *, averaged: bool) -> None:
         self._reader, self._progress = reader, progress
-        self.path, self.index, self.hyper = reader.path, reader.index, reader.hyper
-        self.extra, self.step = reader.extra, reader.step
+        self._averaged = {name for kind, name in reader.index if kind == EMA} if averaged else set()
+        self.index = {key: spec for key, spec in reader.index.items() if not (averaged and key[0] == EMA)}
+        self.path, self.hyper, self.extra, self.step = reader.path, reader.hyper, reader.extra, reader.step
 
     def read_into(self, kind: str, name: str, box: Any, out: torch.Tensor) -> None:
-        self._reader.read_into(kind, name, box, out)
+        source = EMA if kind in (WEIGHT, BUFFER) and name in self._averaged else kind
+        self._reader.read_into(source, name, box, out)
         self._progress(out.nbytes)
 
     def whole(self, key: Key) -> torch.Tensor:

@@ -74,6 +74,9 @@ class Engine(Protocol):
             StateError: Listing everything that is missing, extra or misshapen; nothing has been changed then.
         """
 
+    def follow(self) -> None:
+        """Let what is computed with follow the pieces, whose memory has been written to. Every rank must call it."""
+
     def close(self) -> None:
         """Let go of everything: after it, nothing of the engine is left in the process."""
 
@@ -306,6 +309,9 @@ class TorchEngine:
             slots.load(self._optimizer, self._updated[name], name, self._weights[name].box, reader, fused=self._fused)
         slots.zero_momentum(self._optimizer)
         slots.set_hyper(self._optimizer, reader.hyper)
+
+    def follow(self) -> None:
+        """Nothing: it computes with the pieces themselves."""
 
     def close(self) -> None:
         """Let go of everything."""

@@ -239,7 +239,7 @@ class ZeroEngine:
     def _load_slots(self, reader: Reader) -> None:
         for part in self._slices.by_name.values():
             self._optimizer.state.pop(part.flat, None)
-        kinds = {kind for kind, _ in reader.index} - {WEIGHT, BUFFER}
+        kinds = {kind for kind, _ in reader.index} - {*slots.NOT_SLOTS}
         for name, part in self._slices.by_name.items():
             state = self._optimizer.state[part.flat]
             for kind in kinds:
@@ -265,6 +265,10 @@ class ZeroEngine:
                 "DeepSpeed keeps one for a whole group",
                 remedy="set engine.name to fsdp, which keeps one for each parameter",
             )
+
+    def follow(self) -> None:
+        """Let the weights follow the masters, which have been written to."""
+        self._write_through()
 
     def close(self) -> None:
         """Let go of everything."""

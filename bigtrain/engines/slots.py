@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from bigtrain.errors import StateError
-from bigtrain.state import BUFFER, WEIGHT, Box, Piece, Reader, TensorSpec, whole
+from bigtrain.state import BUFFER, EMA, WEIGHT, Box, Piece, Reader, TensorSpec, whole
+
+NOT_SLOTS = (WEIGHT, BUFFER, EMA)
 
 # How a step is computed, not what it computes: these may differ between the engines of one run.
 _IMPLEMENTATION = {
@@ -82,7 +84,7 @@ def load(optimizer: torch.optim.Optimizer, tensor: Tensor, name: str, box: Box, 
     """Read the slots of one parameter; one that has none in the reader starts anew."""
     optimizer.state.pop(tensor, None)
     for (kind, owner), spec in reader.index.items():
-        if owner != name or kind in (WEIGHT, BUFFER):
+        if owner != name or kind in NOT_SLOTS:
             continue
         if kind == "step":
             # torch keeps the counter on the host, except for fused kernels, which read it on the device.
@@ -122,9 +124,10 @@ def check(reader: Reader, wanted: Mapping[tuple[str, str], TensorSpec], trained:
     """
     problems = [f"missing: {kind} {name}" for kind, name in wanted if (kind, name) not in reader.index]
     for (kind, name), spec in reader.index.items():
-        ours = wanted.get((kind, name))
+        averaged = wanted.get((WEIGHT, name)) or wanted.get((BUFFER, name))
+        ours = averaged if kind == EMA else wanted.get((kind, name))
         if ours is None:
-            if kind in (WEIGHT, BUFFER) or (WEIGHT, name) not in wanted:
+            if kind in NOT_SLOTS or (WEIGHT, name) not in wanted:
                 problems.append(f"extra: {kind} {name}")
         elif (tuple(spec.shape), spec.dtype) != ours:
             have = f"{tuple(spec.shape)} {spec.dtype}"

@@ -29,7 +29,7 @@ from bigtrain.prepare import COMPUTE_DTYPES, DTYPES, seed_everything
 from bigtrain.protocols import Batch, Task
 from bigtrain.running import lack_of_memory_explained, torch_set_up
 from bigtrain.runs import checkpoints_of
-from bigtrain.state import BUFFER, WEIGHT, TensorSpec, whole
+from bigtrain.state import BUFFER, EMA, WEIGHT, TensorSpec, whole
 from bigtrain.trainer import build_task
 
 _GIVEN = "given:"  # how an object that no name leads to stands in a run file
@@ -90,15 +90,16 @@ def find_checkpoint(place: str | Path, folder: str | Path = "runs") -> Path:
 
 
 @contextmanager
-def opened(path: Path, overrides: Sequence[str] = ()) -> Iterator[Trained]:
+def opened(path: Path, overrides: Sequence[str] = (), *, averaged: bool | None = None) -> Iterator[Trained]:
     """Build the model that a checkpoint is of, and read its weights.
 
     Args:
         path: The checkpoint's folder.
         overrides: `key=value`, over the run file that the checkpoint holds.
+        averaged: Whether to read the moving averages of weights (optim.ema); None reads what the run evaluated with.
 
     Raises:
-        CheckpointError: Where it cannot be read, or holds no run file.
+        CheckpointError: Where it cannot be read, or holds no run file, or not the averages that were asked for.
         CombinationError: Where the run was given its model or task as an object.
         StateError: Listing everything in the checkpoint that does not fit the model.
     """
@@ -108,7 +109,7 @@ def opened(path: Path, overrides: Sequence[str] = ()) -> Iterator[Trained]:
         with torch_set_up(config), lack_of_memory_explained(config, world, "single"):
             seed_everything(config.run.seed)
             task = build_task(config)
-            model = _load(reader, config, world.device)
+            model = _load(reader, config, world.device, averaged)
             dtype = COMPUTE_DTYPES.get(config.precision)
             casting = Casting(model, dtype, list(model.parameters())) if dtype else None
             yield Trained(model, task, config, path, reader.step, reader.extra, world, casting)
@@ -150,8 +151,12 @@ def _config(reader: CheckpointReader, overrides: Sequence[str]) -> Config:
     return config
 
 
-def _load(reader: CheckpointReader, config: Config, device: torch.device) -> nn.Module:
+def _load(reader: CheckpointReader, config: Config, device: torch.device, averaged: bool | None) -> nn.Module:
     """The model, every weight and persistent buffer of it read from the checkpoint."""
+    if averaged:
+        reader.check_averages()
+    elif averaged is None:
+        averaged = config.optim.ema is not None and config.optim.ema.evaluate
     fillable = models.is_fillable(config.model.name)
     with torch.device("meta" if fillable else "cpu"):
         model = models.build(config.model.name, config.model.args)
@@ -162,8 +167,9 @@ def _load(reader: CheckpointReader, config: Config, device: torch.device) -> nn.
     tensors: dict[tuple[str, str], Tensor] = {(WEIGHT, name): p.data for name, p in model.named_parameters()}
     tensors |= {(BUFFER, name): buffer for name, buffer in persistent_buffers(model).items()}
     slots.check(reader, {key: TensorSpec(tuple(t.shape), t.dtype) for key, t in tensors.items()}, ())
-    for key, tensor in tensors.items():
-        reader.read_into(*key, whole(tensor.shape), tensor)
+    for (kind, name), tensor in tensors.items():
+        source = EMA if averaged and (EMA, name) in reader.index else kind  # what is frozen has no average
+        reader.read_into(source, name, whole(tensor.shape), tensor)
     return model
 
 

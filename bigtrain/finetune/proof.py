@@ -19,12 +19,12 @@ from bigtrain.dist import World
 from bigtrain.errors import FreezeError
 from bigtrain.finetune.digest import digest
 from bigtrain.finetune.freeze import frozen_batchnorms
-from bigtrain.state import BUFFER, WEIGHT, EngineState, whole
+from bigtrain.state import BUFFER, EMA, WEIGHT, EngineState, whole
 
 # A tensor whose gradient is zero in one step may have one in the next (an adapter's first matrix), so not after one.
 _FIRST_LOOK, _SECOND_LOOK = 3, 30
 _MOST_NAMED = 5
-_NOT_SLOTS = (WEIGHT, BUFFER, "ema")
+_NOT_SLOTS = (WEIGHT, BUFFER, EMA)
 
 
 class _Told(Protocol):

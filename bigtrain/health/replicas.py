@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bigtrain.dist import World
 from bigtrain.errors import DivergedError
-from bigtrain.state import BUFFER, WEIGHT, EngineState, Piece, whole
+from bigtrain.state import BUFFER, EMA, WEIGHT, EngineState, Piece, whole
 
 _CHUNK = 1 << 22  # elements hashed at once on a device: bounds what it needs beside the weights
 _WORD = 1 << 64
@@ -63,7 +63,7 @@ class Replicas:
 
 def _groups(pieces: Iterable[Piece]) -> tuple[list[Piece], list[Piece]]:
     """Pieces that are whole tensors, and pieces that are parts: other ranks may hold the same or others."""
-    held = [piece for piece in pieces if piece.kind in (WEIGHT, BUFFER)]
+    held = [piece for piece in pieces if piece.kind in (WEIGHT, BUFFER, EMA)]
     is_whole = [piece.box == whole(piece.shape) for piece in held]
     return (
         [piece for piece, it_is in zip(held, is_whole, strict=True) if it_is],

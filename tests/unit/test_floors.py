@@ -42,6 +42,7 @@ FLOORS = {
     "bigtrain.health": 5,
     "bigtrain.tracking": 5,
     "bigtrain.progress": 5,
+    "bigtrain.compiling": 6,
     "bigtrain.loop": 6,
     "bigtrain.report": 6,
     "bigtrain.saving": 6,
