@@ -19,6 +19,7 @@ from bigtrain.dist import World
 from bigtrain.engines.base import Engine, Evaluator
 from bigtrain.engines.sums import StepResult
 from bigtrain.errors import DivergedError, NonFiniteError
+from bigtrain.goals import Goals
 from bigtrain.health.agreement import Agreement, check_buffers
 from bigtrain.health.nonfinite import NonFiniteWatch, explain
 from bigtrain.health.pulse import Pulse
@@ -96,6 +97,7 @@ class Loop:
         after_step: Told after a step how many have been taken, and whether this one was left out; nobody waits for it.
         compare_every: After how many steps the copies that ranks hold are compared; None: never.
         forward_waits: Whether ranks wait for one another in a forward pass.
+        goals: When to stop early, and which evaluation is the best; None where there are none.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class Loop:
         after_step: Callable[[int, Tensor | bool], None] | None = None,
         compare_every: int | None = None,
         forward_waits: bool = False,
+        goals: Goals | None = None,
     ) -> None:
         self._engine, self._task, self._world = engine, task, world
         self._pulse = pulse or Pulse()
@@ -130,6 +133,8 @@ class Loop:
         self._watch = NonFiniteWatch(world, on_nonfinite)
         self._meter = Meter(world)
         self._saver = saver or SavesNothing()
+        self._goals = goals or Goals(world)
+        self._is_best = False  # the evaluation made after this step
         self.outcome = done or Outcome()
         self.examples = Examples(task)
         self._watch.num_skipped = self.outcome.num_skipped
@@ -170,10 +175,11 @@ class Loop:
             raise
         self._agreement.close()  # not after an error: that would wait for the others
         self._meter.close()
+        self.outcome.is_done = self._is_done()
         return self.outcome
 
     def _is_done(self) -> bool:
-        return self.outcome.steps >= self._cadence.total_steps
+        return self.outcome.steps >= self._cadence.total_steps or self._goals.stops(self.outcome.standings)
 
     def _ends_phase(self) -> bool:
         """Whether what is trainable changes before the next step: this loop's model cannot go on then."""
@@ -218,7 +224,7 @@ class Loop:
         self._saver.poll()
         if self._replicas.is_due(self.outcome.steps):
             self._replicas.compare(self.outcome.steps)
-        if (agreed.save or self._saver.is_due(self.outcome.steps)) and not agreed.stop:
+        if (agreed.save or self._is_best or self._saver.is_due(self.outcome.steps)) and not agreed.stop:
             self._raise_if(self._watch.last())  # no checkpoint of a step that must not have been
             self.outcome.num_skipped = self._watch.num_skipped
             self._note(SAVING)
@@ -239,11 +245,12 @@ class Loop:
             self._log(result, data.epoch, lr_scale, is_last=is_last)
         if is_eval:
             self.outcome.evaluation = self._evaluate(step, data.epoch)
+        self._is_best = is_eval and self._goals.see(self.outcome.evaluation, step, self.outcome.standings)
         if due:
             lrs = [lr * lr_scale for lr in self._base_lrs]
             info = StepInfo(result, step, data.epoch, data.num_samples, self.outcome.samples, lrs)
             info.evaluation = self.outcome.evaluation if is_eval else None
-            info.is_last = is_last or self._ends_phase()
+            info.is_last = self._is_done() or self._ends_phase()
             for hook in due:
                 hook.call(info)
             if info.stop_requested:
@@ -279,7 +286,8 @@ class Loop:
         self._note(EVALUATING)
         batches = (self._move(batch) for batch in self._eval_batches())
         self.examples = Examples(self._task)
-        look = self.examples.look if self._world.is_main and step >= self._cadence.total_steps else None
+        may_be_last = step >= self._cadence.total_steps or self._goals.may_stop
+        look = self.examples.look if self._world.is_main and may_be_last else None
         numbers = evaluate(self._engine, self._watched, batches, self._world, look)
         self._meter.pause(time.perf_counter() - began)  # throughput is that of training
         scalars, now = _scalars(numbers), round(time.time(), 3)

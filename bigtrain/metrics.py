@@ -1,4 +1,4 @@
-"""Numbers as JSON that reads back to the last bit, those that JSON does not know included.
+"""Numbers as JSON that reads back to the last bit, those that JSON does not know included; which of two is better.
 
 This module does not import torch.
 """
@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+_BETTER_WHEN_SMALL = ("loss", "perplexity", "mse", "mae", "rmse", "error")
+_BETTER_WHEN_LARGE = ("accuracy", "precision", "recall", "f1", "r2", "auc", "score")
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -28,3 +30,13 @@ def from_json(value: Any) -> Any:
     if isinstance(value, list):
         return [from_json(item) for item in value]
     return _NONFINITE.get(value, value) if isinstance(value, str) else value
+
+
+def is_better_when_small(name: str) -> bool:
+    """Whether a metric of this name is the better the smaller it is."""
+    return any(word in name for word in _BETTER_WHEN_SMALL)
+
+
+def is_better_when_large(name: str) -> bool:
+    """Whether a metric of this name is known to be the better the larger it is."""
+    return any(word in name for word in _BETTER_WHEN_LARGE) and not is_better_when_small(name)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from bigtrain.engines.sums import StepResult
+from bigtrain.goals import Standing
 from bigtrain.protocols import Batch, LossSum, Task
 
 MOST_EXAMPLES = 18
@@ -134,6 +135,8 @@ class Outcome:
         again: Whether it is to be started again then.
         num_skipped: Steps whose numbers were not finite.
         position: Where the next step begins in the data: the epoch, and how many of its samples have been consumed.
+        standings: What has come of the run's goals, by name.
+        is_done: Whether the run has come to its end: to its last step, or to an early one.
     """
 
     steps: int = 0
@@ -143,6 +146,8 @@ class Outcome:
     again: bool = False
     num_skipped: int = 0
     position: tuple[int, int] = (0, 0)
+    standings: dict[str, Standing] = field(default_factory=dict)
+    is_done: bool = False
 
 
 class Saver(Protocol):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from bigtrain.config.loader import Change, diff, dump, loads
 from bigtrain.config.schema import Config
 from bigtrain.errors import ConfigError, RunFolderError
 from bigtrain.finetune.freeze import phase_at
+from bigtrain.goals import Standing
 from bigtrain.prepare import seed_everything
 from bigtrain.progress import Outcome
 from bigtrain.saving import Source
@@ -84,6 +85,7 @@ def source_of(current: Callable[[], Training]) -> Source:
             "num_skipped": outcome.num_skipped,
             "evaluation": {name: kept for name, value in outcome.evaluation.items() if (kept := _kept(value)) != []},
             "steps": outcome.steps,
+            "standings": {name: asdict(standing) for name, standing in outcome.standings.items()},
             "phase": training.phase,
             "fingerprint": training.fingerprint,
             "config": dump(config),
@@ -130,6 +132,7 @@ def resume(training: Training, folder: Path) -> Resumed | None:
             evaluation=dict(kept["evaluation"]),
             num_skipped=kept["num_skipped"],
             position=(kept["position"][0], kept["position"][1]),
+            standings={name: Standing(**values) for name, values in kept.get("standings", {}).items()},
         )
         has_random = reader.num_writers == world.size and "random" in reader.own(world.rank)
         if has_random:

@@ -216,7 +216,7 @@ def _all_phases(
     try:
         while True:
             outcome = _one_phase(phases, folder, keeper, telling, hooks, failing, pulse)
-            if outcome.stopped or outcome.steps >= phases.training.cadence.total_steps:
+            if outcome.stopped or outcome.is_done:
                 keeper.close()
                 return outcome
             phases.next()

@@ -36,7 +36,8 @@ ATTEMPT_VARIABLE = "BIGTRAIN_ATTEMPT_DIR"
 OWNER_VARIABLE = "BIGTRAIN_OWNER"
 
 CONFIG = "config.yaml"
-_RESULT, _METRICS, _ATTEMPTS, _STOP = "result.json", "metrics.jsonl", "attempts", "stop"
+RESULT = "result.json"
+_METRICS, _ATTEMPTS, _STOP = "metrics.jsonl", "attempts", "stop"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +84,8 @@ class RunFolder:
         path = Path(folder, name)
         attempt = attempt_of_launcher(path) or claim(folder, name)
         try:
-            if (path / _RESULT).exists():  # the run goes on: what it had come to belongs to its past
-                os.replace(path / _RESULT, attempt / f"earlier-{_RESULT}")
+            if (path / RESULT).exists():  # the run goes on: what it had come to belongs to its past
+                os.replace(path / RESULT, attempt / f"earlier-{RESULT}")
             write_atomically(path / CONFIG, config_yaml)
         except OSError as error:
             give_back(attempt)  # this process may live on, as a notebook's does, and try again
@@ -114,7 +115,7 @@ class RunFolder:
     @property
     def result(self) -> Path:
         """What the finished run came to."""
-        return self.path / _RESULT
+        return self.path / RESULT
 
     @property
     def logs(self) -> Path:
@@ -152,7 +153,7 @@ def check_free(folder: str | Path, name: str, allowed: Allowed = Allowed()) -> N
     held = sorted(entry.name for entry in path.iterdir())
     if attempt_of_launcher(path) is None:
         _check_not_live(path)
-    if _RESULT in held and not allowed.finished:
+    if RESULT in held and not allowed.finished:
         way_on = "raise train.steps or train.epochs to go on"
         raise _taken(path, f"the run {name} is finished: {_summary(path)}", way_on)
     # Also without its config.yaml: a new run's checkpoints must not mix with those that are there.
@@ -299,7 +300,7 @@ def _cannot(verb: str, path: Path, error: OSError) -> RunFolderError:
 
 def _summary(path: Path) -> str:
     """The first few numbers of a result."""
-    result = read_json(path / _RESULT)
+    result = read_json(path / RESULT)
     held = {"steps": result.get("steps"), **result.get("metrics", {})}
     numbers = [f"{key} {value:.6g}" for key, value in held.items() if isinstance(value, int | float)]
     return ", ".join(numbers[:6]) or "its result holds no numbers"

@@ -14,11 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bigtrain.checkpoint import Background, Ranks, bytes_of, check_space, prune, save
+from bigtrain.checkpoint import Background, Ranks, bytes_of, check_space, find_best, prune, save
 from bigtrain.checkpoint.files import DISK, Files
 from bigtrain.config import schema
 from bigtrain.dist import World
 from bigtrain.errors import DiskFullError
+from bigtrain.goals import BEST, Standing
 from bigtrain.progress import Outcome
 from bigtrain.state import EngineState
 
@@ -85,6 +86,7 @@ class Keeper:
         )
         self._saved_step: int | None = None
         self._began: dict[int, float] = {}
+        self._best: Standing | None = None
         self._saved_at = time.monotonic()
 
     def expect(self, num_bytes: int, saved_step: int | None) -> None:
@@ -100,7 +102,8 @@ class Keeper:
         self._saved_step = saved_step
         if self._world.is_main and saved_step is not None:
             self._prune(self._folder)  # what a start that was killed left behind
-        if not (self._policy.every_steps or self._policy.every_minutes or self._policy.at_end):
+        policy = self._policy
+        if not (policy.every_steps or policy.every_minutes or policy.at_end or policy.keep_best):
             return
         check_space(Ranks(self._world), self._folder, num_bytes, files=self._files)
         if self._background:
@@ -129,6 +132,8 @@ class Keeper:
             self._hear(partial(self._background.wait, before=step))
         content = {"extra": self._source.extra(outcome), "own": self._source.own()}
         self._began[step] = time.monotonic()
+        best = outcome.standings.get(BEST)
+        self._best = best if self._policy.keep_best and best and best.value is not None else None
         try:
             if self._background:
                 self._background.start(step, self._source.state(), extra=content["extra"], own=content["own"])
@@ -220,8 +225,10 @@ class Keeper:
 
     def _prune(self, committed: Path) -> None:
         """Remove what is not kept; on rank 0, after a commit or at the start."""
+        policy = self._policy
         try:
-            prune(self._folder, self._policy.keep, self._policy.keep_every, files=self._files)
+            best = find_best(self._folder, self._files) if policy.keep_best and policy.keep else None
+            prune(self._folder, policy.keep, policy.keep_every, stays=best, files=self._files)
         except OSError as error:
             _log.warning("old checkpoints in %s cannot be removed: %s", self._folder, error)
 
@@ -235,7 +242,9 @@ class Keeper:
             _log.warning("the checkpoint of step %d was written, and is not there any more: %s", step, error)
             return
         seconds = time.monotonic() - self._began.pop(step, time.monotonic())
-        self._tell({"step": step, "event": "checkpoint", "path": str(path), "bytes": num_bytes, "seconds": seconds})
+        best = {"best": str(self._best)} if self._best and self._best.step == step else {}
+        written = {"path": str(path), "bytes": num_bytes, "seconds": seconds}
+        self._tell({"step": step, "event": "checkpoint", **written, **best})
 
 
 def expected_bytes(state: EngineState, trained: set[str], slot_bytes: float) -> int:

@@ -23,10 +23,13 @@ def _asks_for_more(config: Config) -> bool:
     """Whether the run file now asks for a longer training than the one in the folder was."""
     path = Path(config.run.dir, config.run.name, runs.CONFIG)
     try:
-        before = load(path).config.train
+        kept = load(path).config
     except ConfigError:  # there is none, or one of a version with other keys
         return False
-    now = config.train
+    stopped_early = runs.read_json(path.with_name(runs.RESULT)).get("stopped_early")
+    if stopped_early and config.eval.early_stop != kept.eval.early_stop:
+        return True
+    before, now = kept.train, config.train
     return (before.steps is not None and (now.steps or 0) > before.steps) or (
         before.epochs is not None and (now.epochs or 0) > before.epochs
     )

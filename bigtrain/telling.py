@@ -6,15 +6,17 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bigtrain.checkpoint import find_best
 from bigtrain.config.schema import Config
 from bigtrain.dist import World
 from bigtrain.errors import BigtrainError
+from bigtrain.goals import BEST, PATIENCE
 from bigtrain.prepare import COMPUTE_DTYPES, DTYPES
 from bigtrain.progress import Outcome
 from bigtrain.report import write_report
@@ -111,6 +113,11 @@ def finish_telling(
         report(telling, folder, training.config)
         telling.say(f"stopped after step {outcome.steps} of {total}, as asked: {folder.path}")
         return
+    best, patience = outcome.standings.get(BEST), outcome.standings.get(PATIENCE)
+    is_early = outcome.steps < total and patience is not None
+    if is_early and patience:
+        text = f"no evaluation has been better than {patience} for {patience.since} in a row"
+        telling.tell({"step": outcome.steps, "event": "early stop", "text": text})
     if examples:
         write_atomically(folder.path / "samples.json", json.dumps(list(examples)) + "\n")
     numbers = {name: _plain(value) for name, value in outcome.evaluation.items() if _is_small(value)}
@@ -122,6 +129,8 @@ def finish_telling(
             "engine": training.engine.name,
             "world_size": training.world.size,
             "metrics": numbers,
+            **({"stopped_early": True} if is_early else {}),
+            **({"best": asdict(best)} if best else {}),
             **({"class_names": training.class_names} if training.class_names else {}),
         }
     )
@@ -129,6 +138,9 @@ def finish_telling(
     telling.say(
         f"done: {outcome.steps} steps, {outcome.samples} samples" + (f"\nevaluation: {scores}" if scores else "")
     )
+    kept = find_best(folder.checkpoints) if best else None
+    if kept:
+        telling.say(f"best: {best}: {kept}")
     report(telling, folder, training.config)
     telling.say(f"run folder: {folder.path}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +22,9 @@ from bigtrain.engines.averaging import Averaged
 from bigtrain.engines.base import Zero
 from bigtrain.errors import DataError, ModelError
 from bigtrain.finetune.freeze import FreezePlan, begins_at, phase_at, plan_freezing
+from bigtrain.goals import Goals
 from bigtrain.health.pulse import Pulse
-from bigtrain.loop import Loop, moved
+from bigtrain.loop import Loop, evaluate, moved
 from bigtrain.optim import OptimizerPlan, Schedule, make_schedule, plan_optimizer
 from bigtrain.prepare import (
     COMPUTE_DTYPES,
@@ -112,6 +114,7 @@ class Training:
             after_step=None if self.average is None else self.average.update,
             compare_every=self.config.health.compare_every,
             forward_waits=engines.shards(self.engine.name, self.config.engine.deepspeed.stage),
+            goals=goals_of(self.config, self.world),
         )
 
     def go_on_from(self, done: Outcome) -> None:
@@ -179,7 +182,22 @@ def assemble(
     if config.compile.scope != "none":
         batch = next(iter(evaluation)) if evaluation else next(train.steps()).microbatches[0]
         try_compiled(engine, task, training.move(batch), compiled, is_stage_3=label == "deepspeed stage 3")
+    _check_goals(training)
     return training
+
+
+def goals_of(config: Config, world: World) -> Goals:
+    """What the run file says of stopping early and of the best checkpoint."""
+    return Goals(world, config.eval.early_stop, config.checkpoint.keep_best)
+
+
+def _check_goals(training: Training) -> None:
+    """See by an evaluation of one batch that what is to be compared is measured. Every rank must call it."""
+    config, evaluation = training.config, training.evaluation
+    if config.eval.early_stop or config.checkpoint.keep_best:
+        batches = [training.move(batch) for batch in itertools.islice(evaluation, 1)] if evaluation else []
+        numbers = evaluate(training.engine, training.task, batches, training.world) if batches else None
+        goals_of(config, training.world).check(numbers)
 
 
 def _averaged(engine: Engine, config: Config, plan: OptimizerPlan) -> Averaged | None:

@@ -5,6 +5,7 @@
     check_space       whether checkpoints will fit on the disk                               writing
     Background        the same in a thread, while the training goes on                       background
     find, prune       which checkpoints there are, newest first; remove old ones             folders
+    find_best, best_of    which of them is the best                                          best
     open_checkpoint   a `bigtrain.state.Reader` of one                                       reading
     load_newest       go on from the newest good one, on all ranks                           choosing
     verify, diff, describe                                                                   looking
@@ -14,6 +15,7 @@ shard file (shards.py has its format). There is no pickle in it, and none is rea
 """
 
 from bigtrain.checkpoint.background import Background
+from bigtrain.checkpoint.best import best_of, find_best
 from bigtrain.checkpoint.choosing import load_newest
 from bigtrain.checkpoint.folders import find, prune
 from bigtrain.checkpoint.looking import describe, diff, verify
@@ -25,11 +27,13 @@ __all__ = [
     "Background",
     "CheckpointReader",
     "Ranks",
+    "best_of",
     "bytes_of",
     "check_space",
     "describe",
     "diff",
     "find",
+    "find_best",
     "load_newest",
     "open_checkpoint",
     "prune",

@@ -71,13 +71,21 @@ def those_set_aside(folder: Path, files: Files = DISK) -> list[Path]:
     return [folder / name for name in files.names(folder) if _BAD.fullmatch(name)]
 
 
-def prune(folder: Path, keep: int | None, keep_every: int | None = None, *, files: Files = DISK) -> list[Path]:
+def prune(
+    folder: Path,
+    keep: int | None,
+    keep_every: int | None = None,
+    *,
+    stays: Path | None = None,
+    files: Files = DISK,
+) -> list[Path]:
     """Remove old checkpoints, and what writers that were killed left behind. Only rank 0 may call it, after a commit.
 
     Args:
         folder: Where checkpoints lie.
         keep: How many of the newest stay; at least two do. None: all.
         keep_every: Those whose step is a multiple of this stay for good.
+        stays: One that stays in any case: the best.
         files: The file system.
 
     Returns:
@@ -87,7 +95,7 @@ def prune(folder: Path, keep: int | None, keep_every: int | None = None, *, file
     left = [folder / name for name in files.names(folder) if _LEFT.fullmatch(name)]
     committed = find(folder, files)
     old = [] if keep is None else committed[max(keep, 2) :]
-    old = [path for path in old if not (keep_every and (step_of(path) or 0) % keep_every == 0)]
+    old = [path for path in old if path != stays and not (keep_every and (step_of(path) or 0) % keep_every == 0)]
     for path in old:
         # Half removed, it must not look like a checkpoint.
         gone = path.with_name(f"{path.name}.tmp-removed")

@@ -17,6 +17,7 @@ app = typer.Typer(help="Look at checkpoints, compare, remove, export and import 
 
 Path_ = Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint's folder, or a run's: its newest.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Best = Annotated[bool, typer.Option("--best", help="Of a run, the best checkpoint (checkpoint.keep_best).")]
 Form = Literal["hf", "safetensors", "torch", "dcp", "deepspeed"]
 
 _DAMAGED = 1
@@ -24,11 +25,13 @@ _DIFFERENT = 1
 _SHOWN = 20
 
 
-def _checkpoint(path: Path) -> Path:
-    """The checkpoint that a path leads to: it itself, or the newest of a run."""
-    from bigtrain.checkpoint import find
+def _checkpoint(path: Path, *, best: bool = False) -> Path:
+    """The checkpoint that a path leads to: it itself, or the newest of a run, or the best."""
+    from bigtrain.checkpoint import best_of, find
     from bigtrain.errors import CheckpointError
 
+    if best:
+        return best_of(path)
     for folder in (path / "checkpoints", path):
         found = find(folder) if folder.is_dir() else []
         if found:
@@ -39,11 +42,16 @@ def _checkpoint(path: Path) -> Path:
 
 
 @app.command()
-def show(path: Path_, as_json: Json = False, tensors: Annotated[bool, typer.Option(help="List them.")] = False) -> None:
+def show(
+    path: Path_,
+    best: Best = False,
+    as_json: Json = False,
+    tensors: Annotated[bool, typer.Option(help="List them.")] = False,
+) -> None:
     """Say what is in a checkpoint: step, who wrote it, parameters, size."""
     from bigtrain.checkpoint import describe, open_checkpoint
 
-    found = describe(_checkpoint(path))
+    found = describe(_checkpoint(path, best=best))
     with open_checkpoint(found.path) as reader:
         index = {
             f"{kind} {name}": [list(spec.shape), str(spec.dtype)[6:]] for (kind, name), spec in reader.index.items()
@@ -70,6 +78,7 @@ def _plain(found: Description) -> dict[str, Any]:
         "samples": found.extra.get("samples"),
         "position": found.extra.get("position"),
         "evaluation": found.extra.get("evaluation"),
+        "best": (found.extra.get("standings") or {}).get("best"),
     }
 
 
@@ -85,16 +94,20 @@ def _description(found: Description) -> Iterator[str]:
     numbers = [f"{k} {v:.4f}" for k, v in (extra.get("evaluation") or {}).items() if isinstance(v, float)]
     if numbers:
         yield f"  evaluation    {', '.join(numbers)}"
+    best = (extra.get("standings") or {}).get("best")
+    if best and best["value"] is not None:
+        is_it = "this one" if best["step"] == found.step else f"step {best['step']:,}"
+        yield f"  best          {is_it}: {best['metric']} {best['value']:.6g}"
     if "brought_in" in extra:
         yield f"  brought in    from {extra['brought_in']['from']} ({extra['brought_in']['form']})"
 
 
 @app.command()
-def verify(path: Path_, as_json: Json = False) -> None:
+def verify(path: Path_, best: Best = False, as_json: Json = False) -> None:
     """Read every byte and compare lengths and hashes; exit code 1 and the file's name where one is damaged."""
     from bigtrain.checkpoint import verify as check
 
-    target = _checkpoint(path)
+    target = _checkpoint(path, best=best)
     with _progress("verifying", _size(target)) as advance:
         found = check(target, progress=advance)
     if as_json:
@@ -155,8 +168,9 @@ def prune(
     keep_every: Annotated[int | None, typer.Option(min=1, help="Those of every so many steps stay, too.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Remove old checkpoints, and what starts that were killed left behind. A live run's are left alone."""
+    """Remove old checkpoints, and what killed starts left behind; the best one stays. A live run's are left alone."""
     from bigtrain import lease
+    from bigtrain.checkpoint import find_best
     from bigtrain.checkpoint import prune as remove
     from bigtrain.errors import RunFolderError
 
@@ -169,7 +183,7 @@ def prune(
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if not folder.is_dir():
         raise RunFolderError(f"there is no folder {folder}", remedy="give a run's folder")
-    gone = remove(folder, keep, keep_every)
+    gone = remove(folder, keep, keep_every, stays=find_best(folder))
     if as_json:
         typer.echo(json.dumps({"removed": [str(each) for each in gone]}, indent=2))
         return
@@ -183,13 +197,14 @@ def export_(
     path: Path_,
     out: Annotated[Path, typer.Argument(help="The file or folder to make.")],
     to: Annotated[Form, typer.Option("--to", help="What to make of it.")],
+    best: Best = False,
     ema: Annotated[bool, typer.Option("--ema", help="The moving averages (optim.ema) instead of the weights.")] = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, a safetensors or .pt file, a DCP or a DeepSpeed folder."""
     from bigtrain.checkpoint import open_checkpoint
     from bigtrain.doors.exporting import export
 
-    target = _checkpoint(path)
+    target = _checkpoint(path, best=best)
     with open_checkpoint(target) as reader, _progress("exporting", _size(target)) as advance:
         export(reader, out, to, advance, averaged=ema)
     typer.echo(f"{out}: step {reader.step} of {target}, as {to}" + (", averages of weights" if ema else ""))

@@ -22,6 +22,7 @@ Ema = Annotated[
     bool | None,
     typer.Option("--ema/--no-ema", help="With the moving averages of weights, or without; as the run evaluated."),
 ]
+Best = Annotated[bool, typer.Option("--best", help="Of a run, the best checkpoint (checkpoint.keep_best).")]
 Folder = Annotated[Path, typer.Option("--dir", help="The folder of all runs, in which names are looked for.")]
 
 
@@ -32,6 +33,7 @@ def evaluate(
         list[str] | None, typer.Option("--data", metavar="KEY=VALUE", help="As data.KEY=VALUE: other data, say.")
     ] = None,
     folder: Folder = Path("runs"),
+    best: Best = False,
     ema: Ema = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
@@ -40,7 +42,7 @@ def evaluate(
     from bigtrain.evaluating import find_checkpoint, opened
 
     changes = ["eval.max_batches=null", *(f"data.{change}" for change in data or ()), *(overrides or ())]
-    with opened(find_checkpoint(place, folder), changes, averaged=ema) as trained:
+    with opened(find_checkpoint(place, folder, best=best), changes, averaged=ema) as trained:
         found = measure(trained)
         if as_json:
             typer.echo(json.dumps({**_about(trained), **found.as_dict()}, indent=2))
@@ -60,6 +62,7 @@ def predict(
         str | None, typer.Option(help="`bytes` or a tokenizer.json, where the run file names none.")
     ] = None,
     folder: Folder = Path("runs"),
+    best: Best = False,
     ema: Ema = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of text.")] = False,
@@ -70,7 +73,7 @@ def predict(
     from bigtrain.evaluating.predicting import Generating
 
     how = Generating(max_tokens, temperature, seed, tokenizer)
-    with opened(find_checkpoint(place, folder), averaged=ema) as trained:
+    with opened(find_checkpoint(place, folder, best=best), averaged=ema) as trained:
         answers = ask(trained, inputs, how)
         if as_json:
             typer.echo(json.dumps([answer.as_dict() for answer in answers], indent=2))

@@ -152,7 +152,7 @@ def _print_table(keys: Sequence[str], points: Sequence[Point], folder: Path, sor
     from rich.console import Console
     from rich.table import Table
 
-    from bigtrain.report.facts import is_better_when_small
+    from bigtrain.metrics import is_better_when_small
     from bigtrain.report.words import number
     from bigtrain.tracking.reading import is_run, load_run
 

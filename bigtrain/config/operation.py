@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -15,7 +17,8 @@ from pydantic import (
     model_validator,
 )
 
-from bigtrain.config.fields import Available, ListOf, Named, Patterns, Section, refuse
+from bigtrain.config.fields import Available, ListOf, Name, Named, Patterns, Section, refuse
+from bigtrain.metrics import is_better_when_large, is_better_when_small
 
 
 class Fsdp(Section):
@@ -82,6 +85,47 @@ class EveryBlocks(Section):
     """Compute the activations of one block in this many again."""
 
 
+def _without_prefix(value: str) -> str:
+    return value.removeprefix("eval/")
+
+
+class Goal(Section):
+    """A number of the evaluations by which they are compared."""
+
+    shorthand = "metric"
+
+    metric: Annotated[Name, AfterValidator(_without_prefix)]
+    """The number's name, as evaluations show it: loss, accuracy, f1, perplexity, mse and so on."""
+
+    mode: Literal["auto", "min", "max"] = "auto"
+    """Whether the smaller or the larger one is better; auto goes by the name."""
+
+    @model_validator(mode="after")
+    def _has_a_direction(self) -> Self:
+        if self.mode == "auto" and not (is_better_when_small(self.metric) or is_better_when_large(self.metric)):
+            raise refuse("does not tell which is better", f"say so, as in {{metric: {self.metric}, mode: max}}")
+        return self
+
+    @property
+    def is_better_when_small(self) -> bool:
+        """Whether the smaller one of two is better."""
+        return is_better_when_small(self.metric) if self.mode == "auto" else self.mode == "min"
+
+
+class KeepBest(Goal):
+    """By what the best checkpoint is known."""
+
+
+class EarlyStop(Goal):
+    """When a run ends before its last step."""
+
+    patience: PositiveInt = 5
+    """How many evaluations in a row may be no better before the run ends."""
+
+    min_delta: NonNegativeFloat = 0.0
+    """By how much an evaluation must be better than the best one to count as better."""
+
+
 class Checkpoint(Section):
     """When the training state is saved, how long it is kept, and what a new start does with it."""
 
@@ -99,6 +143,9 @@ class Checkpoint(Section):
 
     keep_every: PositiveInt | None = None
     """Keep for good every checkpoint whose step is a multiple of this; null: none."""
+
+    keep_best: KeepBest | None = None
+    """Save after an evaluation better than all before, by this metric, and keep that one too; null: do not."""
 
     background: bool = True
     """Write checkpoints while the training goes on."""
@@ -124,6 +171,9 @@ class Eval(Section):
 
     max_batches: PositiveInt | None = None
     """The most batches that one evaluation runs; null: all of them."""
+
+    early_stop: EarlyStop | None = None
+    """End the run when evaluations get no better, as {metric: loss, patience: 5}; null: at its last step."""
 
     @model_validator(mode="before")
     @classmethod

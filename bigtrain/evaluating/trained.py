@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor, nn
 
 from bigtrain import models
-from bigtrain.checkpoint import CheckpointReader, find, open_checkpoint
+from bigtrain.checkpoint import CheckpointReader, best_of, find, open_checkpoint
 from bigtrain.config.loader import from_dict
 from bigtrain.config.schema import Config
 from bigtrain.dist import World, choose_device
@@ -71,8 +71,8 @@ class Trained:
         return DTYPES[self.config.precision]
 
 
-def find_checkpoint(place: str | Path, folder: str | Path = "runs") -> Path:
-    """The checkpoint that a path or a run's name leads to: it itself, or the newest of the run.
+def find_checkpoint(place: str | Path, folder: str | Path = "runs", *, best: bool = False) -> Path:
+    """The checkpoint that a path or a run's name leads to: it itself, or the newest of the run, or its best.
 
     Raises:
         CheckpointError: Where there is none.
@@ -80,6 +80,8 @@ def find_checkpoint(place: str | Path, folder: str | Path = "runs") -> Path:
     path = Path(place)
     if not path.exists() and Path(folder, path).is_dir():
         path = Path(folder, path)
+    if best:
+        return best_of(path)
     for candidate in (checkpoints_of(path), path):
         found = find(candidate) if candidate.is_dir() else []
         if found:

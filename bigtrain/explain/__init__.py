@@ -148,7 +148,7 @@ def explain(config: Config, *, world_size: int = 1, gpu_memory: int | None = Non
 
 def _optimizer_slots(plan: OptimizerPlan, parts: Parts, config: Config) -> tuple[OptimizerSlots | None, list[str]]:
     try:
-        return OptimizerSlots(plan, parts, config.precision), []
+        return OptimizerSlots(plan, parts, config.precision, averaged=config.optim.ema is not None), []
     except UserError:
         raise
     except Exception as error:  # a user's optimizer may need a GPU, or larger tensors

@@ -175,12 +175,13 @@ class OptimizerSlots:
         plan: The optimizer.
         parts: The parameters it is for.
         precision: The run's, which decides what the parameters are kept in.
+        averaged: Whether a moving average of each is kept besides.
 
     Raises:
         Exception: Whatever an optimizer raises that does not run on the host, or not on tensors so small.
     """
 
-    def __init__(self, plan: OptimizerPlan, parts: Parts, precision: str) -> None:
+    def __init__(self, plan: OptimizerPlan, parts: Parts, precision: str, *, averaged: bool = False) -> None:
         # One dimension besides the parameters' own: ZeRO flattens them.
         self._keys = {(p.group, ndim) for p in parts.parameters if p.group is not None for ndim in (len(p.shape), 1)}
         tried = {
@@ -193,10 +194,11 @@ class OptimizerSlots:
         ]
         optimizer = replace(plan, groups=tuple(groups)).build(tried)
         _step(optimizer, tried)
+        averages = {(group, ndim): [tried[f"{group} {ndim}"]] if averaged else [] for group, ndim in self._keys}
         self._slots = {
             (group, ndim): [
                 Slot(tuple(value.shape), value.element_size())
-                for value in optimizer.state.get(tried[f"{group} {ndim}"], {}).values()
+                for value in (*optimizer.state.get(tried[f"{group} {ndim}"], {}).values(), *averages[group, ndim])
                 if isinstance(value, Tensor)
             ]
             for group, ndim in self._keys

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from bigtrain.config.keys import show
+from bigtrain.metrics import is_better_when_small
 from bigtrain.report.charts import Chart, Line
-from bigtrain.report.facts import is_better_when_small, state_of, trained_for
+from bigtrain.report.facts import state_of, trained_for
 from bigtrain.report.words import escape, num_bytes, number, seconds
 from bigtrain.tracking.reading import RunRecord
 

@@ -14,11 +14,11 @@ import yaml
 
 from bigtrain.config.keys import all_keys, show
 from bigtrain.failures import read_errors
+from bigtrain.metrics import is_better_when_small
 from bigtrain.report.words import count, escape, moment, num_bytes, number, seconds
 from bigtrain.tracking.reading import RunRecord
 
 _LIVE_SECONDS = 120.0  # a run that has written nothing for so long is not running
-_BETTER_WHEN_SMALL = ("loss", "perplexity", "mse", "mae", "rmse", "error")
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,9 @@ def tiles(run: RunRecord) -> str:
     if duration := trained_for(run):
         restarts = sum(event["event"] == "start" for event in run.events) - 1
         shown.append(("training time", seconds(duration), count(restarts, "restart") if restarts > 0 else "one start"))
+    kept = run.result.get("best")
+    if kept and kept.get("value") is not None:
+        shown.append((f"best {kept['metric']}", number(float(kept["value"])), f"kept, of step {int(kept['step']):,}"))
     if run.checkpoints:
         last = run.checkpoints[-1]
         shown.append(("checkpoint", f"step {last.step:,}", num_bytes(last.num_bytes)))
@@ -112,11 +115,6 @@ def tiles(run: RunRecord) -> str:
         f'<div class="tile"><span>{escape(title)}</span><b>{escape(value)}</b><small>{escape(note)}</small></div>'
         for title, value, note in shown
     )
-
-
-def is_better_when_small(name: str) -> bool:
-    """Whether a metric of this name is the better the smaller it is."""
-    return any(word in name for word in _BETTER_WHEN_SMALL)
 
 
 def trained_for(run: RunRecord) -> float:
@@ -209,9 +207,10 @@ _BAD_EVENTS = ("no checkpoint", "warning", "fallback")
 def _checkpoints(events: list[dict[str, Any]]) -> str:
     steps = ", ".join(f"{event['step']:,}" for event in (events[0], events[1]))
     size, took = float(events[-1].get("bytes", 0)), max(float(event.get("seconds", 0)) for event in events)
+    best = next((f"; the best: {event['best']}" for event in reversed(events) if "best" in event), "")
     return (
         f"{count(len(events), 'checkpoint')}: {steps}, … {events[-1]['step']:,}; "
-        f"{num_bytes(size)} each, written in {seconds(took)} at most"
+        f"{num_bytes(size)} each, written in {seconds(took)} at most{best}"
     )
 
 
@@ -223,7 +222,9 @@ def _happened(event: Mapping[str, Any]) -> str:
         verb = f"start {int(attempt) + 1}, going on from step {event['step']:,}" if event["step"] else "start"
         return f"{verb}: {where}" if where else verb
     if kind == "checkpoint":
-        return f"checkpoint, {num_bytes(float(event.get('bytes', 0)))} in {seconds(float(event.get('seconds', 0)))}"
+        best = f", the best: {event['best']}" if "best" in event else ""
+        size, took = num_bytes(float(event.get("bytes", 0))), seconds(float(event.get("seconds", 0)))
+        return f"checkpoint, {size} in {took}{best}"
     rest = {key: value for key, value in event.items() if key not in ("event", "step", "time")}
     text = rest.pop("text", None) or rest.pop("reason", None)
     more = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in rest.items())
@@ -239,6 +240,10 @@ def warnings_of(run: RunRecord) -> Iterator[str]:
             bad = int((~_finite(metrics[name].values)).sum())
             if bad:
                 yield f"{count(bad, 'value')} of {name.removeprefix('train/')} not finite"
+    if run.result.get("stopped_early"):
+        yield "the run ended early: " + next(
+            (str(event.get("text")) for event in reversed(run.events) if event["event"] == "early stop"), ""
+        )
     skipped = int(run.result.get("skipped_steps") or 0)
     if skipped:
         yield f"{count(skipped, 'step')} left out, because loss or gradient norm was not finite"

@@ -33,8 +33,9 @@ def scores(row: Mapping[str, Any]) -> dict[str, float]:
 def event(row: Mapping[str, Any]) -> str | None:
     """What happened in a line; None where the line was said already, or is none to say."""
     if row["event"] == "checkpoint" and "bytes" in row:
-        return f"step {row['step']}: checkpoint, {size(row['bytes'])} in {row['seconds']:.1f} s"
-    if row["event"] in ("phase", "phase proved", "warning") and "text" in row:
+        best = f", the best: {row['best'].partition(' at step')[0]}" if "best" in row else ""
+        return f"step {row['step']}: checkpoint, {size(row['bytes'])} in {row['seconds']:.1f} s{best}"
+    if row["event"] in ("phase", "phase proved", "warning", "early stop") and "text" in row:
         return f"step {row['step']}: {row['event']}: {row['text']}"
     return None
 
