@@ -15,8 +15,10 @@ from bigtrain.config.fields import Section
 
 
 def help_of(section: type[Section], field: str) -> str:
-    """The help of a field; empty where the source is not at hand."""
-    return _help_in(section.__module__).get((section.__name__, field), "")
+    """The help of a field, one's own or inherited; empty where the source is not at hand."""
+    classes = [cls for cls in section.__mro__ if issubclass(cls, Section)]
+    found = (_help_in(cls.__module__).get((cls.__name__, field)) for cls in classes)
+    return next((text for text in found if text), "")
 
 
 @cache

@@ -95,7 +95,7 @@ def test_an_unknown_key_comes_with_default_and_help():
 def test_a_key_that_resembles_nothing_is_answered_with_what_there_is():
     problem = problem_of({**SMALLEST, "eval": {"zzzz": 1}})
     assert problem.suggestions == ()
-    assert problem.remedy == "eval takes every_epochs, every_steps, max_batches"
+    assert problem.remedy == "eval takes every_epochs, every_steps, max_batches, early_stop"
 
 
 def test_a_dotted_key_in_a_file_is_to_be_nested():
