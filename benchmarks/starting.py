@@ -61,7 +61,7 @@ track: {log_every: 1, progress: none, wandb: disabled}
 def by_hand(folder: Path) -> float:
     """Seconds from the command to the first step."""
     (folder / "by_hand.py").write_text(BY_HAND)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "by_hand.py"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "by_hand.py"]
     began = time.time()
     done = subprocess.run(
         command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True

@@ -16,13 +16,12 @@ import torch._dynamo
 from torch import nn
 
 from bigtrain.checkpoint import Ranks, find
+from bigtrain.config import combinations
 from bigtrain.config.schema import Config
 from bigtrain.dist import World
 from bigtrain.errors import CheckpointError
 from bigtrain.finetune.proof import Phase, PhaseProof
-from bigtrain.health.spikes import Spike
 from bigtrain.pretrained import LoadReport, start_from
-from bigtrain.progress import Outcome
 from bigtrain.resuming import OtherPhaseError, Resumed, phase_of, resume
 from bigtrain.trainer import Subject, Training, assemble
 
@@ -44,11 +43,11 @@ class Phases:
     """
 
     started: LoadReport | None = None
-    resumed: Resumed | None = None
 
     def __init__(
         self, config: Config, world: World, subject: Subject, folder: Path, adapt: Callable[[nn.Module], object]
     ) -> None:
+        combinations.refuse(combinations.of_saving(config))
         self._config, self._world, self._subject, self._folder = config, world, subject, folder
         self._adapt: Callable[[nn.Module], object] | None = adapt
         self._is_closed = True
@@ -58,19 +57,6 @@ class Phases:
         """Build the next phase, which begins where the newest checkpoint ends."""
         self._forget()
         self._build(resumes=True)
-
-    def roll_back(self, spike: Spike) -> None:
-        """Build the training anew as it was before a spike, to go on with the data after it.
-
-        It goes on from the newest checkpoint, or from the beginning where there is none: no checkpoint is ever saved
-        of a spike or what follows it.
-        """
-        self._forget()
-        self._build(resumes=True)
-        done = self.resumed.outcome if self.resumed else Outcome()
-        done.position = spike.end
-        self.resumed = Resumed(done, self.resumed.path if self.resumed else self._folder, [])
-        self.training.go_on_from(done)
 
     @property
     def words(self) -> list[str]:
@@ -87,7 +73,7 @@ class Phases:
             self.training.close()
 
     def _build(self, *, resumes: bool) -> None:
-        self.resumed = None
+        self.resumed: Resumed | None = None
         phase = self._expected() if resumes else 0
         while True:
             built = assemble(self._config, self._world, self._subject, adapt=self._adapt, phase=phase)

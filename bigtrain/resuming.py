@@ -20,15 +20,19 @@ import yaml
 from torch import Tensor
 
 from bigtrain.checkpoint import CheckpointReader, Ranks, load_newest, open_checkpoint
+from bigtrain.checkpoint.files import Files
 from bigtrain.config.loader import Change, diff, dump, loads
 from bigtrain.config.schema import Config
+from bigtrain.doors import open_whole
+from bigtrain.doors.base import Base, base_of, digests_of, without
 from bigtrain.errors import ConfigError, RunFolderError
 from bigtrain.finetune.freeze import phase_at
 from bigtrain.goals import Standing
 from bigtrain.prepare import seed_everything
+from bigtrain.pretrained import find_weights
 from bigtrain.progress import Outcome
 from bigtrain.saving import Source
-from bigtrain.state import WEIGHT, Box, Reader, TensorSpec
+from bigtrain.state import WEIGHT, Box, EngineState, Reader, TensorSpec
 from bigtrain.trainer import Training
 
 # What a run cannot change when it goes on, and why not.
@@ -83,7 +87,6 @@ def source_of(current: Callable[[], Training]) -> Source:
             "samples": outcome.samples,
             "position": list(outcome.position),
             "num_skipped": outcome.num_skipped,
-            "recent_losses": outcome.recent,
             "evaluation": {name: kept for name, value in outcome.evaluation.items() if (kept := _kept(value)) != []},
             "steps": outcome.steps,
             "standings": {name: asdict(standing) for name, standing in outcome.standings.items()},
@@ -93,9 +96,15 @@ def source_of(current: Callable[[], Training]) -> Source:
             "engine": training.engine_label,
             "world_size": world.size,
             "torch": str(torch.__version__),
+            **({"base": training.base.as_dict()} if training.base else {}),
         }
 
-    return Source(lambda: current().engine.state(), extra, lambda: {"random": random_state(world.device)})
+    return Source(lambda: saved_state(current()), extra, lambda: {"random": random_state(world.device)})
+
+
+def saved_state(training: Training) -> EngineState:
+    """This rank's part of what a checkpoint holds."""
+    return without(training.engine.state(), training.base)
 
 
 def resume(training: Training, folder: Path) -> Resumed | None:
@@ -111,6 +120,9 @@ def resume(training: Training, folder: Path) -> Resumed | None:
     world, config = training.world, training.config
     changes: list[Change] = []
 
+    def opened(path: Path, files: Files) -> CheckpointReader:
+        return open_whole(path, files, instead=weights_of(config), verifies=False)
+
     def load(reader: Reader) -> None:
         kept: Mapping[str, Any] = reader.extra  # type: ignore[attr-defined]
         _refuse_brought_in(kept, folder)
@@ -121,8 +133,9 @@ def resume(training: Training, folder: Path) -> Resumed | None:
             raise OtherPhaseError(phase)
         is_tuned = any(change.key.startswith(("optim.", "finetune.")) for change in changes)
         training.engine.load(fitted(reader, training, is_tuned=is_tuned))
+        training.base = _checked_base(kept, training)
 
-    reader = load_newest(Ranks(world), folder, load)
+    reader = load_newest(Ranks(world), folder, load, opened=opened)
     if reader is None:
         return None
     with reader:
@@ -134,7 +147,6 @@ def resume(training: Training, folder: Path) -> Resumed | None:
             num_skipped=kept["num_skipped"],
             position=(kept["position"][0], kept["position"][1]),
             standings={name: Standing(**values) for name, values in kept.get("standings", {}).items()},
-            recent=list(kept.get("recent_losses", ())),
         )
         has_random = reader.num_writers == world.size and "random" in reader.own(world.rank)
         if has_random:
@@ -143,6 +155,26 @@ def resume(training: Training, folder: Path) -> Resumed | None:
             word = xxhash.xxh64_intdigest(f"{config.run.seed}/{world.rank}/{reader.step}".encode())
             seed_everything(word >> 1)
         return Resumed(outcome, reader.path, list(_words(reader, changes, world.size, has_random=has_random)))
+
+
+def weights_of(config: Config) -> Path | None:
+    """Where the weights are now that the run began with; None where the run file does not say."""
+    return find_weights(config, may_download=False) if config.finetune.init_from else None
+
+
+def _checked_base(kept: Mapping[str, Any], training: Training) -> Base | None:
+    """What the checkpoints of this run leave out from now on. Every rank must call it.
+
+    Raises:
+        StateError: On all ranks, where what was loaded is not what the checkpoint left out.
+    """
+    left_out = base_of(kept)
+    if left_out is None:
+        return None
+    base = left_out.found(weights_of(training.config))
+    base.check(digests_of(training.engine.state().pieces, base.tensors, training.world))
+    is_wanted = training.config.checkpoint.weights == "trainable"
+    return base.only(training.freezing.frozen_in(training.phase)) if is_wanted else None
 
 
 def phase_of(path: Path, config: Config) -> int:

@@ -17,6 +17,7 @@ from bigtrain.compiling import compile_parts, try_compiled
 from bigtrain.config.schema import Config
 from bigtrain.data import EvalLoader, TrainLoader
 from bigtrain.dist import World
+from bigtrain.doors.base import Base
 from bigtrain.engines import Choices, Engine
 from bigtrain.engines.averaging import Averaged
 from bigtrain.engines.base import Zero
@@ -24,7 +25,6 @@ from bigtrain.errors import DataError, ModelError
 from bigtrain.finetune.freeze import FreezePlan, begins_at, phase_at, plan_freezing
 from bigtrain.goals import Goals
 from bigtrain.health.pulse import Pulse
-from bigtrain.health.spikes import watch_spikes
 from bigtrain.loop import Loop, evaluate, moved
 from bigtrain.optim import OptimizerPlan, Schedule, make_schedule, plan_optimizer
 from bigtrain.prepare import (
@@ -80,6 +80,7 @@ class Training:
     phase: int  # of the freeze plan: what this model and engine were built for
     class_names: list[str] | None = None  # of the labels, where the data tell
     average: Averaged | None = None  # the engine itself, where it keeps averages of the weights
+    base: Base | None = None  # frozen weights that checkpoints leave where they came from
 
     @property
     def engine_choice(self) -> str:
@@ -116,7 +117,6 @@ class Training:
             compare_every=self.config.health.compare_every,
             forward_waits=engines.shards(self.engine.name, self.config.engine.deepspeed.stage),
             goals=goals_of(self.config, self.world),
-            spikes=watch_spikes(self.config.health, done.recent if done else ()),
         )
 
     def go_on_from(self, done: Outcome) -> None:
@@ -321,7 +321,8 @@ def _choices(config: Config, prepared: Prepared, compiled: Sequence[nn.Module]) 
 
 def class_names_of(sets: data_layer.DataSets) -> list[str] | None:
     """The names of the labels, where the data tell."""
-    return [str(name) for name in getattr(sets.train, "class_names", None) or ()] or None
+    names = getattr(sets.train, "class_names", None)
+    return [str(name) for name in names] if names else None
 
 
 def loaders(config: Config, sets: data_layer.DataSets, world: World) -> tuple[TrainLoader, EvalLoader | None]:

@@ -207,7 +207,7 @@ def keys_page() -> str:
             section = top
             lines += [f"\n## {top}", "", "| key | takes | default | |", "|---|---|---|---|"]
         default = "" if key.default is None else f"`{_cell(key.default)}`"
-        lines.append(f"| `{key.path}` | {_cell(key.takes)} | {default} | {_cell(key.help)} |")
+        lines.append(f"| `{key.path}` | {_cell(key.kind)} | {default} | {_cell(key.help)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,13 @@ _log = logging.getLogger(__name__)
 _LOOK_AGAIN_S = 0.2
 
 
+class Opener(Protocol):
+    """Opens a checkpoint; `CheckpointReader` is one."""
+
+    def __call__(self, path: Path, files: Files) -> CheckpointReader:
+        """The checkpoint at a path."""
+
+
 def load_newest(
     ranks: Ranks,
     folder: Path,
@@ -39,6 +46,7 @@ def load_newest(
     at_most: int = 3,
     wait_s: float = 60.0,
     files: Files = DISK,
+    opened: Opener = CheckpointReader,
 ) -> CheckpointReader | None:
     """Load the newest good checkpoint. Every rank must call it.
 
@@ -51,6 +59,7 @@ def load_newest(
         at_most: How many may.
         wait_s: How long a rank waits to see what rank 0 sees.
         files: The file system.
+        opened: Opens a checkpoint.
 
     Returns:
         What was loaded, open; None where there is no checkpoint and never was a damaged one.
@@ -63,7 +72,7 @@ def load_newest(
     found = _look(ranks, Path(folder), files)
     bad: dict[Path, list[str]] = {}
     for path in found[: at_most + 1]:
-        reader, failures = _try(ranks, path, load, wait_s, files)
+        reader, failures = _try(ranks, path, load, wait_s, files, opened)
         if reader:
             _say_and_set_aside(ranks, bad, path, files)
             return reader
@@ -94,13 +103,13 @@ def _look(ranks: Ranks, folder: Path, files: Files) -> list[Path]:
 
 
 def _try(
-    ranks: Ranks, path: Path, load: Callable[[Reader], None], wait_s: float, files: Files
+    ranks: Ranks, path: Path, load: Callable[[Reader], None], wait_s: float, files: Files, opened: Opener
 ) -> tuple[CheckpointReader | None, dict[int, CheckpointError]]:
     """Load one checkpoint on all ranks: the reader, or what is damaged by the rank that found it."""
-    reader, failure = ranks.attempt(lambda: CheckpointReader(path, files) if ranks.is_main else None, ReadError)
+    reader, failure = ranks.attempt(lambda: opened(path, files) if ranks.is_main else None, ReadError)
     seen = ranks.broadcast(reader.manifest_hash if reader else None)
     if seen and not ranks.is_main:
-        reader, failure = ranks.attempt(lambda: _await(path, seen, wait_s, files), ReadError)
+        reader, failure = ranks.attempt(lambda: _await(path, seen, wait_s, files, opened), ReadError)
     failures = _damage(ranks, failure)
     if failures or not reader:
         return None, failures
@@ -128,7 +137,7 @@ def _damage(ranks: Ranks, failure: CheckpointError | None) -> dict[int, Checkpoi
     return failures
 
 
-def _await(path: Path, manifest_hash: str, wait_s: float, files: Files) -> CheckpointReader:
+def _await(path: Path, manifest_hash: str, wait_s: float, files: Files, opened: Opener) -> CheckpointReader:
     """Open what rank 0 has opened, as soon as it is seen here.
 
     Raises:
@@ -137,7 +146,7 @@ def _await(path: Path, manifest_hash: str, wait_s: float, files: Files) -> Check
     deadline = time.monotonic() + wait_s
     while True:
         try:
-            reader = CheckpointReader(path, files)
+            reader = opened(path, files)
             if reader.manifest_hash == manifest_hash:
                 return reader
             reader.close()

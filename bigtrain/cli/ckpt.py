@@ -75,6 +75,7 @@ def _plain(found: Description) -> dict[str, Any]:
         "tensors_by_kind": found.num_tensors,
         "elements_by_kind": found.num_elements,
         "bytes": found.num_bytes,
+        "left_out": found.extra.get("base", {}).get("path"),
         "samples": found.extra.get("samples"),
         "position": found.extra.get("position"),
         "evaluation": found.extra.get("evaluation"),
@@ -90,6 +91,8 @@ def _description(found: Description) -> Iterator[str]:
     yield f"  written by    {who}{found.num_writers} process{'es' if found.num_writers > 1 else ''}"
     yield f"  parameters    {found.num_parameters:,}"
     yield "  tensors       " + ", ".join(f"{count:,} {kind}" for kind, count in found.num_tensors.items())
+    if "base" in extra:
+        yield f"  left out      {len(extra['base']['tensors']):,} frozen weights, which are in {extra['base']['path']}"
     yield f"  size          {found.num_bytes / 1e6:,.1f} MB"
     numbers = [f"{k} {v:.4f}" for k, v in (extra.get("evaluation") or {}).items() if isinstance(v, float)]
     if numbers:
@@ -199,13 +202,16 @@ def export_(
     to: Annotated[Form, typer.Option("--to", help="What to make of it.")],
     best: Best = False,
     ema: Annotated[bool, typer.Option("--ema", help="The moving averages (optim.ema) instead of the weights.")] = False,
+    base: Annotated[
+        Path | None, typer.Option(help="Where the frozen weights are that it leaves out, should they have moved.")
+    ] = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, a safetensors or .pt file, a DCP or a DeepSpeed folder."""
-    from bigtrain.checkpoint import open_checkpoint
+    from bigtrain.doors import open_whole
     from bigtrain.doors.exporting import export
 
     target = _checkpoint(path, best=best)
-    with open_checkpoint(target) as reader, _progress("exporting", _size(target)) as advance:
+    with open_whole(target, instead=base) as reader, _progress("exporting", _size(target)) as advance:
         export(reader, out, to, advance, averaged=ema)
     typer.echo(f"{out}: step {reader.step} of {target}, as {to}" + (", averages of weights" if ema else ""))
 

@@ -66,7 +66,7 @@ def keys(
     """List the keys of a run file with their help."""
     from bigtrain.config.nearest import keys_below
 
-    _print_table([(key.path, key.takes, key.default or "", key.help) for key in keys_below(section or "")])
+    _print_table([(key.path, key.kind, key.default or "", key.help) for key in keys_below(section or "")])
 
 
 def _print_table(rows: list[tuple[str, str, str, str]]) -> None:

@@ -88,6 +88,7 @@ def clashes(config: Config, *, launched: bool) -> Iterator[Clash]:
         yield from _of_deepspeed(config)
     yield from _of_data(config)
     yield from _of_blocks(config)
+    yield from of_saving(config)
 
 
 def refuse(found: Iterable[Clash]) -> None:
@@ -139,6 +140,16 @@ def of_fsdp(*, cpu_offload: bool, shard_size: int | None, processes: int | None)
             f"engine.fsdp.shard_size is {shard_size}, which does not divide the {processes} processes",
             "engine.fsdp.shard_size",
             "choose a divisor of the number of processes, or null for all of them",
+        )
+
+
+def of_saving(config: Config) -> Iterator[Clash]:
+    """What of the weights is saved, and where the rest is to come from."""
+    if config.checkpoint.weights == "trainable" and config.finetune.init_from is None:
+        yield Clash(
+            "checkpoint.weights=trainable leaves frozen weights in the file that the run began with, and it has none",
+            "checkpoint.weights",
+            "set it to all, or say what the run begins with (finetune.init_from)",
         )
 
 

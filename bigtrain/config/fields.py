@@ -1,13 +1,12 @@
-"""The building blocks of the schema: sections, named things, and what is not available yet.
+"""The building blocks of the schema: sections and named things.
 
-A field says everything about itself in one place: its type and range, its default, the sentence of help
-beneath it and, while its meaning is not built, the values that are honest today.
+A field says everything about itself in one place: its type and range, its default, and the sentence of help
+beneath it.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar
 
 from pydantic import (
@@ -24,7 +23,6 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 JsonSchema: TypeAlias = dict[str, Any]
 
-NOT_AVAILABLE = "not_available"
 REFUSED = "refused"
 
 _PATH_TO_OBJECT = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
@@ -84,30 +82,6 @@ class Named(Section):
 
     args: dict[str, Any] = Field(default_factory=dict)
     """The keyword arguments that it is built with."""
-
-
-@dataclass(frozen=True, slots=True, init=False)
-class Available:
-    """Says which values of a field have a meaning today; the others are refused, never ignored.
-
-    The day the rest is built, this is taken off the field, and its default is set.
-    """
-
-    values: tuple[object, ...]
-
-    def __init__(self, *values: object) -> None:
-        object.__setattr__(self, "values", values)
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self._check, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchema:
-        return {**handler(schema), "x-available": list(self.values)}
-
-    def _check(self, value: object) -> object:
-        if value not in self.values:
-            raise PydanticCustomError(NOT_AVAILABLE, "is not available yet")
-        return value
 
 
 class OneOrMany:

@@ -11,7 +11,7 @@ from bigtrain.config.schema import Config
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of a run file, with every key's help; `x-available` says how far a key is built."""
+    """The JSON schema of a run file, with every key's help."""
     schema = Config.model_json_schema()
     _describe(Config, schema)
     shapes = schema["$defs"]

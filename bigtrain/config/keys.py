@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from bigtrain.config.fields import Available, OneOrMany, Section
+from bigtrain.config.fields import OneOrMany, Section
 from bigtrain.config.help import help_of
 from bigtrain.config.schema import Config
 
@@ -32,7 +32,6 @@ class Key:
         kind: What it takes, in a line.
         default: Its default in YAML; None where it has to be given, or is a section.
         help: Its sentence of help.
-        available: What of it is built so far, in YAML; None where all of it is.
         is_section: Whether it holds keys and nothing else.
     """
 
@@ -40,13 +39,7 @@ class Key:
     kind: str
     default: str | None
     help: str
-    available: str | None = None
     is_section: bool = False
-
-    @property
-    def takes(self) -> str:
-        """What it takes, and what of that is built."""
-        return self.kind if self.available is None else f"{self.kind} (so far: {self.available})"
 
     @property
     def name(self) -> str:
@@ -132,21 +125,15 @@ def _walk(sections: Sequence[type[Section]], prefix: str) -> Iterator[Key]:
 
 def _key(path: str, section: type[Section], name: str) -> Key:
     field = section.model_fields[name]
-    default, available = field.get_default(call_default_factory=True), available_in(field)
+    default = field.get_default(call_default_factory=True)
     is_section = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
     return Key(
         path,
         kind_of(field.annotation, field.metadata),
         None if is_section or field.is_required() else show(default, width=1000),
         help_of(section, name),
-        None if available is None else " | ".join(show(value) for value in available.values),
         is_section,
     )
-
-
-def available_in(field: FieldInfo) -> Available | None:
-    """What says how much of a field is built, if not all of it is."""
-    return next((mark for mark in field.metadata if isinstance(mark, Available)), None)
 
 
 _WORDS = {bool: "true | false", int: "int", float: "number", str: "text", type(None): "null"}

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from bigtrain.config.fields import Available, ListOf, Name, Named, Patterns, Section, refuse
+from bigtrain.config.fields import ListOf, Name, Named, Patterns, Section, refuse
 from bigtrain.metrics import is_better_when_large, is_better_when_small
 
 
@@ -153,7 +153,7 @@ class Checkpoint(Section):
     resume: Literal["auto", "never"] = "auto"
     """Whether a start in a folder that holds a run goes on from its last good checkpoint."""
 
-    weights: Annotated[Literal["all", "trainable"], Available("all")] = "all"
+    weights: Literal["all", "trainable"] = "all"
     """Which weights are saved; trainable leaves the frozen ones to finetune.init_from."""
 
     on_full: Literal["stop", "continue"] = "stop"
@@ -259,12 +259,6 @@ class Health(Section):
 
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do when a loss or a gradient norm is not finite: stop, or leave that step out."""
-
-    spike_factor: Annotated[float, Field(gt=1)] | None = 5.0
-    """A loss so many times the mean of the last 50 steps', and twice their largest, is a spike; null: none is."""
-
-    on_spike: Literal["tell", "roll_back"] = "tell"
-    """What to do about a spike: tell, or go on from the checkpoint before it without the batches since."""
 
 
 class Profile(Section):

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import ValidationError
 
 from bigtrain.config import keys
-from bigtrain.config.fields import NOT_AVAILABLE, REFUSED
+from bigtrain.config.fields import REFUSED
 from bigtrain.config.keys import Path, show
 from bigtrain.config.nearest import nearest_keys, nearest_words
 from bigtrain.config.nodes import Node
@@ -112,9 +112,6 @@ def _misfit(kind: str, path: Path, node: Node, detail: Mapping[str, Any]) -> Pro
     if kind == REFUSED:
         return Problem(f"{shown} {detail['msg']}", node.origin, name, (), detail["ctx"]["remedy"])
     assert field is not None  # pydantic only finds fault with fields
-    if kind == NOT_AVAILABLE:
-        built = " or ".join(show(value) for value in mark.values) if (mark := keys.available_in(field)) else ""
-        return Problem(f"{shown} {NOT_YET}", node.origin, name, (), f"set it to {built}, or leave it out")
     near = nearest_words(value, _words(field.annotation)) if isinstance(value, str) else []
     takes = keys.kind_of(field.annotation, field.metadata)
     quote = "; put it in quotes" if "text" in takes and isinstance(value, bool | int | float) else ""

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from bigtrain.checkpoint import CheckpointReader, find
+from bigtrain.checkpoint.files import DISK, Files
 from bigtrain.checkpoint.manifest import MANIFEST
 from bigtrain.checkpoint.shards import TORCH_DTYPES
 from bigtrain.doors import names
-from bigtrain.errors import CheckpointError, CorruptError
+from bigtrain.doors.base import Base, Left, base_of, digests_in
+from bigtrain.errors import CheckpointError, CorruptError, ReadError, StateError
 from bigtrain.state import WEIGHT, Box, TensorSpec
 
 Key = tuple[str, str]
@@ -78,12 +80,12 @@ def open_weights(path: str | Path, *, allow_pickle: bool = False) -> ForeignRead
 
 def _open_folder(path: Path) -> ForeignReader:
     if (path / MANIFEST).exists():
-        return NativeReader(path)
+        return open_whole(path)
     if (path / "checkpoints").is_dir():
         found = find(path / "checkpoints")
         if not found:
             raise CheckpointError(f"the run {path} has no checkpoint", remedy="give a run that has saved one")
-        return NativeReader(found[0])
+        return open_whole(found[0])
     if (path / _INDEX).exists() or (path / _SINGLE).exists():
         return open_hugging_face(path)
     if (path / ".metadata").exists():
@@ -104,6 +106,97 @@ class NativeReader(CheckpointReader):
     """A checkpoint of ours."""
 
     form = "checkpoint"
+
+
+class BasedReader(NativeReader):
+    """A checkpoint that leaves frozen weights in another file, and reads as if it had them.
+
+    Args:
+        path: The checkpoint's folder.
+        base: What it leaves out.
+        weights: The file that has it.
+        files: The file system of the checkpoint.
+    """
+
+    def __init__(self, path: Path, base: Base, weights: ForeignReader, files: Files = DISK) -> None:
+        super().__init__(path, files)
+        self.base, self._weights = base, weights
+        left = {(WEIGHT, name): left.spec for name, left in base.tensors.items()}
+        self.index: Mapping[Key, TensorSpec] = {**left, **self.index}
+
+    def read_into(self, kind: str, name: str, box: Box, out: Tensor) -> None:
+        """Fill `out` with that part of the tensor, whichever file has it."""
+        if kind != WEIGHT or name not in self.base.tensors:
+            super().read_into(kind, name, box, out)
+            return
+        try:
+            self._weights.read_into(*self.base.tensors[name].source, box, out)
+        except (CheckpointError, OSError, RuntimeError) as error:  # it says nothing about the checkpoint
+            raise ReadError(f"{name} cannot be read from {self.base.path}: {error}", where=str(self.path)) from error
+
+    def close(self) -> None:
+        """Close every file."""
+        super().close()
+        self._weights.close()
+
+
+def open_whole(
+    path: Path, files: Files = DISK, *, instead: Path | None = None, verifies: bool = True
+) -> NativeReader | BasedReader:
+    """Open a checkpoint with the weights that it leaves in another file, if it leaves any.
+
+    Args:
+        path: Its folder.
+        files: The file system.
+        instead: Where those weights are, should they not be where they were.
+        verifies: Whether they are read and compared now, which whoever loads all of them can do better.
+
+    Raises:
+        CheckpointError: Where one of the two cannot be read; of the weights never as damage to the checkpoint.
+        StateError: Where the weights are others than those that were left out.
+    """
+    reader = NativeReader(path, files)
+    try:
+        base = base_of(reader.extra)
+        if base is None:
+            return reader
+        base = base.found(instead)
+        weights = _open_base(base, path)
+    finally:
+        reader.close()
+    whole = BasedReader(path, base, weights, files)
+    try:
+        if verifies:
+            base.check(digests_in(weights, base))
+    except BaseException:
+        whole.close()
+        raise
+    return whole
+
+
+def _open_base(base: Base, path: Path) -> ForeignReader:
+    remedy = "say where they are now (finetune.init_from; --base of `bigtrain ckpt export`)"
+    try:
+        weights = open_weights(base.path)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path} leaves {len(base.tensors)} frozen weights in {base.path}, which cannot be opened: {error.problem}",
+            where=str(base.path),
+            remedy=remedy,
+        ) from error
+    absent = [name for name, left in base.tensors.items() if not _has(weights, left)]
+    if absent:
+        weights.close()
+        raise StateError(
+            f"{path} leaves frozen weights in {base.path}, which does not have them: {', '.join(absent[:5])}",
+            where=str(base.path),
+            remedy=remedy,
+        )
+    return weights
+
+
+def _has(weights: ForeignReader, left: Left) -> bool:
+    return left.source in weights.index and weights.index[left.source].shape == left.spec.shape
 
 
 class SafetensorsReader:

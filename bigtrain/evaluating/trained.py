@@ -21,12 +21,14 @@ from bigtrain.checkpoint import CheckpointReader, best_of, find, open_checkpoint
 from bigtrain.config.loader import from_dict
 from bigtrain.config.schema import Config
 from bigtrain.dist import World, choose_device
+from bigtrain.doors import open_whole
 from bigtrain.engines import slots
 from bigtrain.engines.base import persistent_buffers
 from bigtrain.engines.casting import Casting
 from bigtrain.errors import CheckpointError, CombinationError
 from bigtrain.prepare import COMPUTE_DTYPES, DTYPES, seed_everything
 from bigtrain.protocols import Batch, Task
+from bigtrain.resuming import weights_of
 from bigtrain.running import lack_of_memory_explained, torch_set_up
 from bigtrain.runs import checkpoints_of
 from bigtrain.state import BUFFER, EMA, WEIGHT, TensorSpec, whole
@@ -105,8 +107,9 @@ def opened(path: Path, overrides: Sequence[str] = (), *, averaged: bool | None =
         CombinationError: Where the run was given its model or task as an object.
         StateError: Listing everything in the checkpoint that does not fit the model.
     """
-    with open_checkpoint(path) as reader:
-        config = _config(reader, overrides)
+    with open_checkpoint(path) as bare:
+        config = _config(bare, overrides)
+    with open_whole(path, instead=weights_of(config)) as reader:
         world = World(device=choose_device(config.engine.device))
         with torch_set_up(config), lack_of_memory_explained(config, world, "single"):
             seed_everything(config.run.seed)

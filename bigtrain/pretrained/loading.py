@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bigtrain.checkpoint import Ranks
 from bigtrain.doors import ForeignReader, open_weights
+from bigtrain.doors.base import Base, Left, digests_of
 from bigtrain.doors.names import gpt_args, is_llama
 from bigtrain.errors import BigtrainError, CheckpointError, ReadError, StateError
 from bigtrain.models.gpt import GPT
@@ -51,9 +52,26 @@ def start_from(training: Training) -> LoadReport | None:
         renamed = _Renamed(reader, sources, specs, state.hyper)
         training.engine.load(renamed)
         ranks.raise_first(renamed.failure)
+        if config.checkpoint.weights == "trainable":
+            training.base = _base(training, reader, sources, specs)
     finally:
         reader.close()
     return report
+
+
+def _base(
+    training: Training, reader: ForeignReader, sources: Mapping[Key, Key], specs: Mapping[Key, TensorSpec]
+) -> Base | None:
+    """The frozen weights that the file has as they are, which checkpoints can leave there. Every rank must call it."""
+    frozen = training.freezing.frozen_in(training.phase)
+    left = {
+        name: (source, specs[kind, name])
+        for (kind, name), source in sources.items()
+        if kind == WEIGHT and name in frozen and reader.index[source].shape == specs[kind, name].shape
+    }
+    digests = digests_of(training.engine.state().pieces, left, training.world)
+    tensors = {name: Left(source, spec, digests[name]) for name, (source, spec) in left.items()}
+    return Base(reader.path.absolute(), tensors) if tensors else None
 
 
 def _refuse_other_arithmetic(reader: ForeignReader, training: Training) -> None:

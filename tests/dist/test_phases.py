@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import bigtrain
-from bigtrain import phases
+from bigtrain import models, phases
 from bigtrain.checkpoint import find
+from bigtrain.doors import open_whole
 from bigtrain.errors import CombinationError, DivergedError, FreezeError
 from tests.dist.test_resuming import engine_of
 from tests.helpers.distributed import run_distributed
-from tests.helpers.phases import STEPS, config
+from tests.helpers.phases import FINETUNE, STEPS, config
 from tests.helpers.resuming import losses, stop
 
 # (engine, ranks, where it stops): phases begin at steps 4 and 8.
@@ -33,6 +35,35 @@ def train(folder: str, layout: str, at: int, changes: dict[str, Any]) -> None:
     if "compile" in changes:
         warnings.simplefilter("ignore")  # those of torch itself, while it compiles
     bigtrain.train(made, hooks=[stop(at)] if at < STEPS else [])
+
+
+@pytest.mark.slow
+def test_what_is_frozen_can_stay_where_it_came_from(tmp_path: Path) -> None:
+    """Under every engine, into the next phase, and with what has begun to train saved from then on."""
+    args = config(tmp_path)["model"]["args"]
+    torch.manual_seed(2)
+    save_file(models.build("gpt", args).state_dict(), weights := tmp_path / "weights.safetensors")
+    changes = {
+        "finetune": {**FINETUNE, "init_from": str(weights)},
+        "checkpoint": {"every_steps": 3, "keep": None, "weights": "trainable"},
+    }
+    whole = {**changes, "checkpoint": {"every_steps": None}}
+    (tmp_path / "whole").mkdir()
+    run_distributed(train, 1, str(tmp_path / "whole"), "single", STEPS, whole)
+    for layout, size, at in [("fsdp", 2, 5), ("zero3", 2, 8), ("ddp", 1, STEPS)]:
+        run_distributed(train, size, str(tmp_path), layout, at, changes)
+    path = tmp_path / "runs" / "run"
+    for ours, theirs in zip(losses(path), losses(tmp_path / "whole" / "runs" / "run"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    held = {}
+    for checkpoint in find(path / "checkpoints"):
+        with open_whole(checkpoint) as reader:
+            assert reader.base is not None
+            saved = {name for kind, name in reader.manifest.tensors if kind == "weight"}
+            assert saved.isdisjoint(reader.base.tensors)
+            assert saved | reader.base.tensors.keys() == {name for kind, name in reader.index if kind == "weight"}
+            held[reader.step] = len(saved)
+    assert held == {3: 1, 4: 1, 6: 11, 8: 11, 9: 15, 12: 15}
 
 
 def events(path: Path, name: str) -> list[dict[str, Any]]:

@@ -54,17 +54,17 @@ FLOORS = {
     "bigtrain.explain": 8,
     "bigtrain.parity": 8,
     "bigtrain.pretrained": 8,
-    "bigtrain.resuming": 8,
+    "bigtrain.resuming": 9,
     "bigtrain.telling": 8,
     "bigtrain.watching": 8,
-    "bigtrain.phases": 9,
-    "bigtrain.running": 10,
-    "bigtrain.evaluating": 11,
-    "bigtrain.rehearsal": 11,
-    "bigtrain.replaying": 11,
-    "bigtrain.cli": 12,
-    "bigtrain": 13,  # its own names, which others may not import
-    "bigtrain.__main__": 13,
+    "bigtrain.phases": 10,
+    "bigtrain.running": 11,
+    "bigtrain.evaluating": 12,
+    "bigtrain.rehearsal": 12,
+    "bigtrain.replaying": 12,
+    "bigtrain.cli": 13,
+    "bigtrain": 14,  # its own names, which others may not import
+    "bigtrain.__main__": 14,
 }
 
 OPEN_TO_LAUNCHERS = (

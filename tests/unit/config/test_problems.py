@@ -138,7 +138,7 @@ def test_everything_is_reported_at_once_in_the_order_of_the_file(tmp_path):
         "  schedule: {name: constant, gamma: 0.5}\n"
         "train: {epochs: 2, steps: 3}\n"
         "engine: {name: fspd}\n"
-        "checkpoint: {weights: trainable}\n"
+        "checkpoint: {weights: some}\n"
     )
     with pytest.raises(ConfigError) as caught:
         load(path, ["run.seed=-1", "run.name=../x", "nonsense"])
@@ -151,7 +151,7 @@ def test_everything_is_reported_at_once_in_the_order_of_the_file(tmp_path):
         (":6", "optim.schedule.gamma: 0.5 means nothing to the schedule constant"),
         (":7", "train.steps: 3 cannot stand beside train.epochs"),
         (":8", "engine.name: fspd does not fit"),
-        (":9", "checkpoint.weights: trainable is not available yet"),
+        (":9", "checkpoint.weights: some does not fit"),
         ("command line", "'nonsense' is not an override"),
         ("command line", 'run.name: "../x" cannot name a folder'),
         ("command line", "run.seed: -1 does not fit"),
@@ -249,28 +249,6 @@ def test_an_override_that_is_not_yaml_is_shown_whole():
     problem = problem_of(SMALLEST, ["optim.groups=[{match: a"])
     assert problem.text.startswith("'optim.groups=[{match: a': this is not YAML")
     assert problem.where == "command line"
-
-
-# --------------------------------------------------------------------------------------------- not available yet
-
-NOT_BUILT = {
-    "checkpoint.weights": "trainable",
-}
-
-
-def test_the_list_of_what_is_not_built_is_whole():
-    assert {key.path for key in all_keys() if key.available is not None} == NOT_BUILT.keys()
-
-
-@pytest.mark.parametrize("key", NOT_BUILT)
-def test_a_key_that_is_not_built_is_refused_and_its_default_is_not(key):
-    with pytest.raises(NotAvailableError, match="not available yet") as caught:
-        from_dict(SMALLEST, [f"{key}={NOT_BUILT[key]}"])
-    (problem,) = caught.value.problems
-    assert problem.key == key
-    honest = next(k.default for k in all_keys() if k.path == key)
-    assert f"set it to {honest}" in problem.remedy
-    from_dict(SMALLEST, [f"{key}={honest}"])
 
 
 # ------------------------------------------------------------------------------------------------------- files
