@@ -45,6 +45,9 @@ TASKS = {
     "regression": "bigtrain.tasks.regression:Regression",
 }
 
+TASKS_OF_MIXTURES = ("classification",)
+"""Tasks that learn from samples that are mixed with one another."""
+
 OPTIMIZERS = {
     "sgd": "torch.optim:SGD",
     "adam": "torch.optim:Adam",

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from bigtrain import data as data_layer
 from bigtrain import engines, models, tasks
 from bigtrain.compiling import compile_parts, try_compiled
+from bigtrain.config import combinations
 from bigtrain.config.schema import Config
 from bigtrain.data import EvalLoader, TrainLoader
 from bigtrain.dist import World
@@ -211,8 +212,12 @@ def _averaged(engine: Engine, config: Config, plan: OptimizerPlan) -> Averaged |
 def build_task(config: Config, subject: Subject = Subject()) -> Task:
     """The task, by name or as it was given."""
     if subject.task is None:
-        return tasks.build(config.task.name, config.task.args)
-    return tasks.checked(subject.task, config.task.name)
+        task = tasks.build(config.task.name, config.task.args)
+    else:
+        task = tasks.checked(subject.task, config.task.name)
+    if config.data.mix and not getattr(task, "takes_mixtures", False):
+        combinations.refuse(combinations.of_mixtures(config.task.name))
+    return task
 
 
 def build_data(config: Config, subject: Subject = Subject()) -> data_layer.DataSets:
@@ -335,12 +340,23 @@ def loaders(config: Config, sets: data_layer.DataSets, world: World) -> tuple[Tr
         "workers": data.workers,
         "static_shapes": config.compile.scope != "none",
     }
-    train = TrainLoader(sets.train, micro_batch_size=config.train.micro_batch_size, seed=config.run.seed, **shared)
+    own: dict[str, Any] = {
+        "micro_batch_size": config.train.micro_batch_size,
+        "seed": config.run.seed,
+        "mixing": mixing_of(config),
+    }
+    train = TrainLoader(sets.train, **own, **shared)
     if sets.eval is None:
         return train, None
     if config.train.micro_batch_size is not None:  # the most that a rank can hold
         shared["batch_size"] = min(data.batch_size, config.train.micro_batch_size * world.size)
     return train, EvalLoader(sets.eval, max_batches=config.eval.max_batches, **shared)
+
+
+def mixing_of(config: Config) -> data_layer.Mixing | None:
+    """How training samples are mixed with one another."""
+    wanted = config.data.mix
+    return data_layer.Mixing(wanted.mixup, wanted.cutmix, wanted.share, config.run.seed) if wanted else None
 
 
 def _try_first_batch(config: Config, task: Task, model: nn.Module, sets: data_layer.DataSets, world: World) -> None:

@@ -258,6 +258,21 @@ def _of_data(config: Config) -> Iterator[Clash]:
     data = config.data
     if isinstance(data.eval, Named):
         yield from of_evaluation(data.name, data.args, data.eval.name, data.eval.args)
+    goals = {"eval.early_stop": config.eval.early_stop, "checkpoint.keep_best": config.checkpoint.keep_best}
+    for key in (key for key, goal in goals.items() if goal and data.eval == "none"):
+        text = f"{key} compares evaluations, and the run has no data to evaluate on"
+        yield Clash(text, key, "hold out a share, data.eval: {split: 0.1}; or take the key out")
+    if data.mix and config.task.name in catalogue.TASKS and config.task.name not in catalogue.TASKS_OF_MIXTURES:
+        yield from of_mixtures(config.task.name)
+
+
+def of_mixtures(task: str) -> Iterator[Clash]:
+    """Samples that are mixed, and a task that cannot learn from mixtures."""
+    yield Clash(
+        f"data.mix mixes samples and their labels, and the task {task} does not take mixtures",
+        "data.mix",
+        "take it out; a task of your own that takes batches of bigtrain.data.Mixed says takes_mixtures = True",
+    )
 
 
 def _of_blocks(config: Config) -> Iterator[Clash]:

@@ -88,6 +88,25 @@ class Transforms(Section):
     """Transforms of evaluation samples: names in torchvision.transforms.v2, with their args."""
 
 
+class Mix(Section):
+    """How training samples are mixed with one another, for classification."""
+
+    mixup: NonNegativeFloat = 0.0
+    """Mixup: the share of a sample is drawn from Beta(mixup, mixup), 0.2 say; 0: none."""
+
+    cutmix: NonNegativeFloat = 0.0
+    """CutMix: the share of the image that stays is drawn from Beta(cutmix, cutmix), 1.0 say; 0: none."""
+
+    share: Factor = 1.0
+    """The share of the samples that are mixed at all; with both kinds, each is taken for half of them."""
+
+    @model_validator(mode="after")
+    def _mixes(self) -> Mix:
+        if not (self.mixup or self.cutmix):
+            raise refuse("mixes nothing", "give mixup, cutmix or both, as in {mixup: 0.2, cutmix: 1.0}")
+        return self
+
+
 def _none_for_null(value: Any) -> Any:
     return "none" if value is None else value
 
@@ -125,6 +144,9 @@ class Data(Section):
 
     transforms: Transforms = Field(default_factory=Transforms)
     """What is done to each sample before it is batched."""
+
+    mix: Mix | None = None
+    """Mix training samples with one another, as {mixup: 0.2, cutmix: 1.0}; null: do not."""
 
     batch_size: PositiveInt = 64
     """Samples in an optimizer step, over all processes together."""

@@ -19,6 +19,7 @@ from bigtrain.catalogue import DATA, DATA_LATER, TORCHVISION
 from bigtrain.config.combinations import of_evaluation
 from bigtrain.data.fingerprints import Digest, fingerprint
 from bigtrain.data.loader import EvalLoader, StepBatch, TrainLoader
+from bigtrain.data.mixing import Mixed, Mixing
 from bigtrain.data.plan import Position
 from bigtrain.data.split import split
 from bigtrain.data.transforms import Named, Transformed
@@ -26,7 +27,18 @@ from bigtrain.errors import DataError
 from bigtrain.named import call, load, suggest
 from bigtrain.protocols import Dataset
 
-__all__ = ["DataSets", "EvalLoader", "Position", "StepBatch", "TrainLoader", "build", "combine", "create"]
+__all__ = [
+    "DataSets",
+    "EvalLoader",
+    "Mixed",
+    "Mixing",
+    "Position",
+    "StepBatch",
+    "TrainLoader",
+    "build",
+    "combine",
+    "create",
+]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bigtrain.data.mixing import Mixing
 from bigtrain.data.order import Integers, Order, sequential, shuffled
 from bigtrain.data.plan import START, MicrobatchPlan, Planner, Position
 from bigtrain.data.reading import Collate, Fetcher, InProcess, InWorkers, Reader
@@ -59,6 +60,7 @@ class TrainLoader:
         workers: Processes that read ahead; 0 reads in this one. It changes nothing else.
         static_shapes: Fill every microbatch up to its full size with samples of weight 0.
         collate: Puts a list of samples together, instead of the dataset's own or torch's.
+        mixing: Mixes each sample with the one before it in the global batch.
 
     Attributes:
         num_samples: Samples in an epoch.
@@ -80,6 +82,7 @@ class TrainLoader:
         workers: int = 0,
         static_shapes: bool = False,
         collate: Collate | None = None,
+        mixing: Mixing | None = None,
     ) -> None:
         self.num_samples = _length(dataset)
         self.steps_per_epoch = -(-self.num_samples // batch_size)
@@ -93,8 +96,9 @@ class TrainLoader:
             world_size,
             static_shapes,
             order,
+            is_mixed=mixing is not None,
         )
-        self._fetcher = _fetcher(Reader(base, seed, collate), workers)
+        self._fetcher = _fetcher(Reader(base, seed, collate, mixing), workers)
 
     def steps(self, start: Position = START) -> Iterator[StepBatch]:
         """The steps from `start` on, without end.
@@ -194,7 +198,7 @@ def _fetcher(reader: Reader, workers: int) -> Fetcher:
 
 
 def _batch(plan: MicrobatchPlan, data: Any) -> Batch:
-    indices, num_valid = plan
+    indices, num_valid, _ = plan
     return Batch(data, _weight(len(indices), num_valid), num_valid, indices)
 
 

@@ -44,10 +44,12 @@ class MicrobatchPlan(NamedTuple):
     Attributes:
         indices: Of samples in the dataset; those that count first, never empty.
         num_valid: How many of them count.
+        before: The sample before the first in the global batch, the last one for its first; -1 where nobody asked.
     """
 
     indices: list[int]
     num_valid: int
+    before: int = -1
 
 
 class StepPlan(NamedTuple):
@@ -80,6 +82,7 @@ class Planner:
         world_size: How many ranks there are.
         static_shapes: Whether every microbatch is filled up to `micro_batch_size`.
         order: From epoch and positions to indices of samples.
+        is_mixed: Whether each microbatch is to know the sample before its first.
     """
 
     num_samples: int
@@ -89,6 +92,7 @@ class Planner:
     world_size: int
     static_shapes: bool
     order: Order
+    is_mixed: bool = False
 
     def steps(self, start: Position) -> Iterator[StepPlan]:
         """The steps from `start` on, without end.
@@ -110,8 +114,10 @@ class Planner:
         totals = np.minimum(self.batch_size, self.num_samples - offsets)
         firsts, sizes = slices_of(totals, self.rank, self.world_size)
         # Beyond a slice, its last sample again; a rank with an empty slice reads the last sample of the step.
-        within = np.minimum(np.arange(max(sizes.max(), 1)), sizes[:, None] - 1)
-        rows = self.order(epochs[:, None], (offsets + firsts)[:, None] + within)
+        within = firsts[:, None] + np.minimum(np.arange(max(sizes.max(), 1)), sizes[:, None] - 1)
+        if self.is_mixed:
+            within = np.hstack((((firsts - 1) % totals)[:, None], within))
+        rows = self.order(epochs[:, None], offsets[:, None] + within)
         end_epochs, end_offsets = self._begins(start, steps + 1)
         numbers = -(-offsets // self.batch_size)
         columns = (rows, sizes, epochs, numbers, totals, end_epochs, end_offsets)
@@ -129,14 +135,18 @@ class Planner:
     def _cut(self, indices: list[int], num_valid: int, total: int) -> list[MicrobatchPlan]:
         """Cut this rank's slice of a step into as many microbatches as the longest slice needs."""
         width = self.micro_batch_size
+        before = -1
+        if self.is_mixed:
+            before, *indices = indices
         if len(indices) == num_valid == width and total <= width * self.world_size:
             # By far the most common case, in a loop that counts microseconds.
-            return [MicrobatchPlan(indices, num_valid)]
+            return [MicrobatchPlan(indices, num_valid, before)]
         plans = []
         for begin in range(0, -(-total // self.world_size), width):
             valid = indices[begin : min(begin + width, num_valid)]
             missing = (width if self.static_shapes else 1) - len(valid)
-            plans.append(MicrobatchPlan(valid + indices[-1:] * missing, len(valid)))
+            plans.append(MicrobatchPlan(valid + indices[-1:] * missing, len(valid), before))
+            before = valid[-1] if self.is_mixed and valid else before
         return plans
 
 

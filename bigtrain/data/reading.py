@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from bigtrain.data.plan import StepPlan
+from bigtrain.data.mixing import Mixing
+from bigtrain.data.plan import MicrobatchPlan, StepPlan
 from bigtrain.data.randomness import is_random, seed_generators, untouched_generators
 from bigtrain.errors import DataError
 from bigtrain.protocols import Dataset
@@ -33,9 +34,13 @@ class Reader:
         dataset: Where the samples are.
         seed: Of the random choices about them.
         collate: Puts a list of samples together; the dataset's own, or torch's, where it is None.
+        mixing: Mixes each sample with the one before it; None leaves them as they are.
     """
 
-    def __init__(self, dataset: Dataset, seed: int, collate: Collate | None = None) -> None:
+    def __init__(
+        self, dataset: Dataset, seed: int, collate: Collate | None = None, mixing: Mixing | None = None
+    ) -> None:
+        self._mixing = mixing
         self._dataset = dataset
         self._seed = seed
         own_collate = collate or getattr(dataset, "collate", None)
@@ -44,12 +49,22 @@ class Reader:
         self._is_random = is_random(dataset)
         self._read_many = None if self._is_random else getattr(dataset, "__getitems__", None)
 
-    def __call__(self, epoch: int, indices: list[int]) -> Any:
+    def __call__(self, epoch: int, indices: list[int], before: int = -1) -> Any:
         """The batch of these samples.
+
+        Args:
+            epoch: Counted from 0.
+            indices: Of the samples.
+            before: The sample with which the first one is mixed, where samples are mixed.
 
         Raises:
             DataError: If a sample cannot be read, naming it, or the samples do not fit into one batch.
         """
+        if self._mixing is None:
+            return self._read(epoch, indices)
+        return self._mixing(epoch, indices, self._read(epoch, [before, *indices]))
+
+    def _read(self, epoch: int, indices: list[int]) -> Any:
         if self._read_many is not None:
             try:
                 samples = self._read_many(indices)
@@ -124,7 +139,7 @@ class InProcess:
         """Fetch in the order of the plans."""
         read = self._reader
         for plan in plans:
-            yield plan, [read(plan.epoch, microbatch.indices) for microbatch in plan.microbatches]
+            yield plan, [read(plan.epoch, *_request(microbatch)) for microbatch in plan.microbatches]
 
     def close(self) -> None:
         """Nothing was started."""
@@ -160,13 +175,18 @@ class InWorkers:
             self._pools.pop().close()
 
 
+def _request(microbatch: MicrobatchPlan) -> tuple[list[int], int]:
+    """What of a microbatch has to be read."""
+    return microbatch.indices, microbatch.before
+
+
 class _Requests:
-    """What a DataLoader takes its indices from; each worker receives (epoch, indices)."""
+    """What a DataLoader takes its indices from; each worker receives (epoch, indices, the sample before)."""
 
     def __init__(self) -> None:
-        self.source: Iterator[tuple[int, list[int]]] = iter(())
+        self.source: Iterator[tuple[int, list[int], int]] = iter(())
 
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+    def __iter__(self) -> Iterator[tuple[int, list[int], int]]:
         return self.source
 
 
@@ -176,7 +196,7 @@ class _Answers(torch.utils.data.Dataset[Any]):
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
 
-    def __getitem__(self, request: tuple[int, list[int]]) -> Any:
+    def __getitem__(self, request: tuple[int, list[int], int]) -> Any:
         # Returned, not raised: an exception that DataLoader carries arrives as text, without its fields.
         try:
             return self._reader(*request)
@@ -220,11 +240,11 @@ class _Pool:
         self.is_busy = True
         asked: deque[StepPlan] = deque()
 
-        def requests() -> Iterator[tuple[int, list[int]]]:
+        def requests() -> Iterator[tuple[int, list[int], int]]:
             for plan in plans:
                 asked.append(plan)
                 for microbatch in plan.microbatches:
-                    yield plan.epoch, microbatch.indices
+                    yield plan.epoch, *_request(microbatch)
 
         self._requests.source = requests()
         self._answers = iter(self._loader)

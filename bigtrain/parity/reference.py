@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bigtrain.config.schema import Config
+from bigtrain.data.mixing import Mixing
 from bigtrain.data.order import shuffled
 from bigtrain.data.reading import Reader
 from bigtrain.data.split import Part
@@ -134,7 +135,10 @@ def _batches(
     """A function that gives, for a step, a function that gives its global batch in so many parts."""
     order = shuffled(len(dataset), config.run.seed)
     is_part = isinstance(dataset, Part)
-    read = Reader(dataset.base if is_part else dataset, config.run.seed)  # type: ignore[attr-defined]
+    wanted = config.data.mix
+    mixing = Mixing(wanted.mixup, wanted.cutmix, wanted.share, config.run.seed) if wanted else None
+    base = dataset.base if is_part else dataset  # type: ignore[attr-defined]
+    read = Reader(base, config.run.seed, mixing=mixing)
     size = config.data.batch_size
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
 
@@ -146,6 +150,10 @@ def _batches(
 
         def in_parts(splits: int) -> Sequence[Batch]:
             parts = [indices[i::splits] for i in range(splits)]
+            if mixing:  # the whole batch at once, rolled by one
+                whole = _cast(read(epoch, indices, indices[-1]), dtype)
+                cut = [tuple(part[i::splits] for part in whole) for i in range(splits)]  # type: ignore[attr-defined]
+                return [Batch(c, torch.ones(len(p)), len(p), p) for c, p in zip(cut, parts, strict=True) if p]
             return [Batch(_cast(read(epoch, p), dtype), torch.ones(len(p)), len(p), p) for p in parts if p]
 
         return in_parts

@@ -29,6 +29,9 @@ _NO_LABEL = -(2**62)
 class Classification:
     """Batches are (inputs, labels): what the model takes, and integers (B,). It returns logits (B, classes).
 
+    Of samples that are mixed (`data.mix`), (inputs, labels, partners, shares): each sample counts as its label by its
+    share, and by the rest as its partner's.
+
     Args:
         num_classes: How many classes there are; the model's outputs tell if it is left out.
         label_smoothing: The share of each target that is spread evenly over all classes.
@@ -39,6 +42,8 @@ class Classification:
     Raises:
         UserError: Where an argument cannot be meant.
     """
+
+    takes_mixtures = True
 
     def __init__(
         self,
@@ -64,17 +69,49 @@ class Classification:
                 wait for the device: the loss of that microbatch becomes NaN.
             ModelError: Where the outputs are not logits for each label.
         """
-        inputs, labels = batch.data
+        inputs, labels, *mixed = batch.data
         logits = outputs(model(inputs))
         if logits.ndim != 2 or logits.shape[:1] != labels.shape:
             raise mismatch(logits, labels)
         valid = at_least_fp32(valid_part(logits, batch)), valid_part(labels, batch).long()
         try:
-            total, count = self._sums(*valid) if logits.device.type == "cpu" else self._guarded_sums(*valid)
+            if mixed:
+                total, count = self._mixed_sums(*valid, *(valid_part(part, batch) for part in mixed))
+            elif logits.device.type == "cpu":
+                total, count = self._sums(*valid)
+            else:
+                total, count = self._guarded_sums(*valid)
         except IndexError:
             check_labels(valid[1], logits.shape[1], self._ignored, batch.indices)
             raise
         return LossSum(total, count, preds=logits, target=labels)
+
+    def _mixed_sums(
+        self, logits: Tensor, labels: Tensor, partners: Tensor, shares: Tensor
+    ) -> tuple[Tensor, Tensor | float]:
+        """The sums over samples that count as their labels by their shares, and as their partners' by the rest."""
+        num_classes = logits.shape[1]
+        total, count = logits.new_zeros(()), logits.new_zeros(())
+        for targets, weights in ((labels, shares.to(logits.dtype)), (partners.long(), 1 - shares.to(logits.dtype))):
+            known = is_known(targets, num_classes, self._ignored)
+            if logits.device.type == "cpu" and not known.all():
+                raise IndexError
+            losses, counts = self._by_sample(logits, targets.where(known, 0))
+            if logits.device.type != "cpu":
+                losses = torch.where(known.all(), losses, math.nan)
+            total = total + (losses * weights).sum()
+            count = count + (counts * weights).sum()
+        return total, count
+
+    def _by_sample(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The cross-entropy of each sample, and what it counts."""
+        weights = self._weights_like(logits)
+        smoothing = self.label_smoothing
+        losses = F.cross_entropy(
+            logits, labels, weight=weights, ignore_index=self._ignored, reduction="none", label_smoothing=smoothing
+        )
+        counted = (labels != self._ignored).to(logits.dtype)
+        return losses, counted if weights is None else weights[labels.where(labels != self._ignored, 0)] * counted
 
     def _sums(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | float]:
         weights = self._weights_like(logits)
