@@ -138,7 +138,7 @@ def test_training_and_evaluation_have_their_own():
         (named("Resize"), "needs size", "size"),
         (named("CenterCrop", size="big"), "CenterCrop failed", "correct"),
         (named("ToDtype", dtype="float23"), "'float23' is not known", "float32"),
-        (named("MixUp"), "cannot be used here", "task"),
+        (named("MixUp"), "cannot be used here", "data.mix"),
         (named("Lambda"), "cannot be used here", "dataset"),
     ],
 )
