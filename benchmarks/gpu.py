@@ -151,7 +151,7 @@ def peers(bench: Bench, deadline: float) -> list[Row]:
     """The same model, tokens, loss and fused AdamW with clipping; nothing is compiled. Each has its own bf16."""
     sizes = bench.sizes
     setting = Setting(bench.device, sizes.small, sizes.small_batch, SETTLING, sizes.steps)
-    found = {name: train for name, (train, package) in PEERS.items() if importlib.util.find_spec(package)}
+    found = {name: train for name, (train, packages) in PEERS.items() if all(map(importlib.util.find_spec, packages))}
     times: dict[str, list[float]] = {name: [] for name in found}
     for number in range(2):
         for name in list(found) if number % 2 == 0 else reversed(found):

@@ -200,8 +200,8 @@ def _collated(samples: Any) -> Any:
 
 
 PEERS = {
-    "by hand": (by_hand, "torch"),
-    "bigtrain": (with_bigtrain, "torch"),
-    "Lightning": (with_lightning, "lightning"),
-    "transformers' Trainer": (with_transformers, "transformers"),
+    "by hand": (by_hand, ["torch"]),
+    "bigtrain": (with_bigtrain, ["torch"]),
+    "Lightning": (with_lightning, ["lightning"]),
+    "transformers' Trainer": (with_transformers, ["transformers", "accelerate"]),
 }

@@ -234,12 +234,12 @@ def with_transformers(model: Timed, steps: int, folder: Path) -> None:
 
 
 CANDIDATES = {
-    "by hand": (by_hand, "torch"),
-    "by hand without a loader": (by_hand_without_loader, "torch"),
-    "bigtrain": (with_bigtrain, "bigtrain"),
-    "Accelerate": (with_accelerate, "accelerate"),
-    "Lightning": (with_lightning, "lightning"),
-    "transformers' Trainer": (with_transformers, "transformers"),
+    "by hand": (by_hand, ["torch"]),
+    "by hand without a loader": (by_hand_without_loader, ["torch"]),
+    "bigtrain": (with_bigtrain, ["bigtrain"]),
+    "Accelerate": (with_accelerate, ["accelerate"]),
+    "Lightning": (with_lightning, ["lightning"]),
+    "transformers' Trainer": (with_transformers, ["transformers", "accelerate"]),
 }
 
 
@@ -265,8 +265,8 @@ def main() -> None:
     wanted = [name for name in arguments.only.split(",") if name] or list(CANDIDATES)
     found = {
         name: train
-        for name, (train, package) in CANDIDATES.items()
-        if name in wanted and importlib.util.find_spec(package)
+        for name, (train, packages) in CANDIDATES.items()
+        if name in wanted and all(map(importlib.util.find_spec, packages))
     }
     results: dict[str, list[float]] = {name: [] for name in found}
     for number in range(arguments.rounds):

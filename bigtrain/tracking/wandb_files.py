@@ -44,7 +44,8 @@ def _saved_url() -> str:
 
 def logs(run_folder: Path, run_id: str) -> list[Path]:
     """The .wandb files of a run in its folder, the oldest first."""
-    return sorted((run_folder / "wandb").glob(f"*run-*-{run_id}/run-{run_id}.wandb"))
+    # wandb names folders by the second, and adds a number where there is one of this second.
+    return sorted((run_folder / "wandb").glob(f"*run-*-{run_id}*/run-{run_id}.wandb"))
 
 
 def mark_sent(run_folder: Path, run_id: str) -> None:

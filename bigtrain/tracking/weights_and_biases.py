@@ -225,4 +225,4 @@ class WeightsAndBiases:
             wandb_files.mark_sent(self._folder, self._run.id)
         else:
             shown = os.path.relpath(folder.parent)
-            self._say(f"W&B has its files here; to send them: wandb sync {shown}/*run-*-{self._run.id}")
+            self._say(f"W&B has its files here; to send them: wandb sync {shown}/*run-*-{self._run.id}*")

@@ -103,7 +103,8 @@ HANGS = [
 @pytest.mark.parametrize(("what", "rank", "told"), HANGS)
 def test_a_hanging_rank_is_named_with_its_place(tmp_path: Path, what: str, rank: int, told: str) -> None:
     plant(tmp_path, what, rank)
-    done = launch(tmp_path, health={"hang_timeout_s": 4.0}, launch={"max_restarts": 0})
+    # So long that a rank which is woken up to write its stacks does not come to the end of the run before it is ended.
+    done = launch(tmp_path, train={"steps": 100_000}, health={"hang_timeout_s": 4.0}, launch={"max_restarts": 0})
     assert done.returncode == 124, done.stdout + done.stderr
     assert re.search(told, done.stderr), done.stderr
     assert "error: no progress after step " in done.stderr

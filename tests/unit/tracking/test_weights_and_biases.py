@@ -125,6 +125,21 @@ def test_what_wandb_took_before_a_kill_but_metrics_did_not_is_not_sent_again(tmp
     assert [int(row["train/step"]) for row in rows if "train/loss" in row] == list(range(1, 12))
 
 
+def test_two_starts_in_one_second_have_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    made: list[Path] = []
+    while len(made) < 2 or made[-1].name != made[-2].name + "-1":
+        assert len(made) < 40
+        run = wandb.init(
+            id="abcd1234", resume="allow", dir=str(tmp_path), settings=wandb.Settings(silent=True, console="off")
+        )
+        made.append(Path(run.dir).parent)
+        run.finish()
+    assert [path.parent for path in wandb_files.logs(tmp_path, "abcd1234")] == made
+
+
 def test_a_file_of_wandbs_that_is_torn_is_read_to_where_it_is(tmp_path: Path) -> None:
     folder = tmp_path / "it"
     train(folder, range(1, 400), mode="offline")
