@@ -223,6 +223,11 @@ def _refuse_changes(
         for key, why in _FIXED.items()
         if change.key == key or change.key.startswith(key + ".")
     ]
+    wrong += [
+        f"precision was {change.before} and is {change.after}: the state is kept in another kind of numbers"
+        for change in changes
+        if change.key == "precision" and "fp64" in (change.before, change.after)
+    ]
     wrong += _lacking(changes, training, index)
     if kept["fingerprint"] != training.fingerprint:
         wrong.append("the data are not those that the run has been trained on: their fingerprint has changed")

@@ -37,7 +37,14 @@ def _checkpoint(path: Path, *, best: bool = False) -> Path:
         if found:
             return found[0]
     if (path / "checkpoints").is_dir():
-        raise CheckpointError(f"the run {path} has no checkpoint yet", where=str(path))
+        raise CheckpointError(f"the run {path} has no checkpoint yet", where=str(path), remedy="let it save one")
+    if not (path / "manifest.json").exists() and not path.name.startswith("step-"):
+        held = "holds none" if path.is_dir() else "is no folder"
+        raise CheckpointError(
+            f"there is no checkpoint at {path}: it {held}",
+            where=str(path),
+            remedy="give a run's folder, or a checkpoint's (step-…); `bigtrain ckpt import` brings in what others wrote",
+        )
     return path
 
 
@@ -184,6 +191,8 @@ def prune(
                 f"the run {run.name} is in use by {holder}", remedy="it prunes by itself: checkpoint.keep"
             )
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if (folder / "manifest.json").exists():
+        raise RunFolderError(f"{folder} is one checkpoint", remedy=f"give the folder that holds them: {folder.parent}")
     if not folder.is_dir():
         raise RunFolderError(f"there is no folder {folder}", remedy="give a run's folder")
     gone = remove(folder, keep, keep_every, stays=find_best(folder))

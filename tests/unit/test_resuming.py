@@ -151,6 +151,7 @@ def test_epochs_end_where_they_would_after_a_change_of_the_batch(tmp_path):
         ("model.args.dropout=0.2", "model.args.dropout was 0.1 and is 0.2"),
         ("optim.name=sgd", "optim.name was 'adamw' and is 'sgd'"),
         ("data.args.context=3", "fingerprint has changed"),
+        ("precision=fp64", "precision was fp32 and is fp64"),
     ],
 )
 def test_what_a_run_cannot_go_on_with_is_refused_and_changes_nothing(tmp_path, change, said):

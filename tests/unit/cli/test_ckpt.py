@@ -127,6 +127,16 @@ def test_what_is_not_there(tmp_path):
     assert runs.attempts(tmp_path / "run") == []
 
 
+def test_what_is_no_checkpoint_is_not_called_damaged(run, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for command in ("show", "verify", "export"):
+        arguments = [tmp_path / "out", "--to=torch"] if command == "export" else []
+        with pytest.raises(CheckpointError, match="there is no checkpoint at .* it holds none"):
+            call(command, tmp_path, *arguments)
+    with pytest.raises(RunFolderError, match="is one checkpoint"):
+        call("prune", find(run / "checkpoints")[0])
+
+
 def test_the_reader_that_needs_numpy_alone(run, tmp_path):
     path = find(run / "checkpoints")[0]
     script = ROOT / "docs" / "read_checkpoint.py"
