@@ -22,6 +22,7 @@ DATA = {
     "text": "bigtrain.data.text:text",
     "tokens": "bigtrain.data.text:tokens",
     "synthetic": "bigtrain.data.synthetic:synthetic",
+    "text_classification": "bigtrain.data.text_classification:text_classification",
 }
 
 SYNTHETIC_KINDS = {
@@ -30,8 +31,11 @@ SYNTHETIC_KINDS = {
     "causal_lm": "bigtrain.data.synthetic:_causal_lm",
 }
 
-DATA_WITHOUT_SPLITS = ("image_folder", "text", "tokens")
+DATA_WITHOUT_SPLITS = ("image_folder", "text", "text_classification", "tokens")
 """Sources whose samples do not depend on the split."""
+
+DATA_OF_TEXT = ("text", "text_classification")
+"""Sources that take a tokenizer: the folder's of a model hf/<folder>, where none is named."""
 
 DATA_FOR_TRAINING_ONLY = ("digits",)
 """Sources that have no part for evaluation."""
@@ -43,6 +47,7 @@ TASKS = {
     "classification": "bigtrain.tasks.classification:Classification",
     "causal_lm": "bigtrain.tasks.causal_lm:CausalLM",
     "regression": "bigtrain.tasks.regression:Regression",
+    "text_classification": "bigtrain.tasks.text_classification:TextClassification",
 }
 
 TASKS_OF_MIXTURES = ("classification",)
@@ -57,3 +62,6 @@ OPTIMIZERS = {
 TORCHVISION = "torchvision/"
 TIMM = "timm/"
 HUGGING_FACE = "hf/"
+
+HUGGING_FACE_MODEL = "bigtrain.models.hugging_face:build"
+"""What builds the model of a folder, which is its first argument."""

@@ -23,6 +23,7 @@ from bigtrain.engines import Choices, Engine
 from bigtrain.engines.averaging import Averaged
 from bigtrain.engines.base import Zero
 from bigtrain.errors import DataError, ModelError
+from bigtrain.fitting import try_first_batch
 from bigtrain.finetune.freeze import FreezePlan, begins_at, phase_at, plan_freezing
 from bigtrain.goals import Goals
 from bigtrain.health.pulse import Pulse
@@ -39,9 +40,6 @@ from bigtrain.prepare import (
 from bigtrain.progress import Cadence, Hook, Outcome, Saver
 from bigtrain.protocols import Batch, Dataset, Task
 from bigtrain.tracking.base import Tracker
-
-# How many samples of the first microbatch are tried on the model before the first step.
-_TRIED_SAMPLES = 2
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,7 @@ def assemble(
     prepared, freezing = _prepare(config, subject, world, phase, shards=is_cut_up)
     if adapt is not None:
         adapt(prepared.model)
-    _try_first_batch(config, task, prepared.model, sets, world)
+    try_first_batch(task, prepared.model, sets, world, config.run.seed)
     plan = plan_for_phase(prepared.model, config, freezing, phase)
     sizes = [(p.numel(), p.requires_grad) for p in prepared.model.parameters()]
     compiled = compile_parts(config, name, prepared.model, prepared.blocks)
@@ -230,7 +228,8 @@ def build_data(config: Config, subject: Subject = Subject()) -> data_layer.DataS
     }
     share_or_named: Any = None if data.eval == "none" else getattr(data.eval, "split", data.eval)
     if subject.data is None:
-        return data_layer.build(data.name, data.args, evaluation=share_or_named, **options)
+        folder = models.hugging_face_folder(config.model.name)
+        return data_layer.build(data.name, data.args, evaluation=share_or_named, tokenizer=folder, **options)
     if isinstance(subject.data, tuple):
         if len(subject.data) != 2:
             raise DataError(
@@ -272,7 +271,7 @@ def _prepare(
     make = partial(models.build, config.model.name, config.model.args) if given is None else partial(_given, given)
     prepared = prepare(
         make,
-        fillable=given is None and models.is_fillable(config.model.name),
+        fillable=given is None and models.is_fillable(config.model.name, config.model.args),
         freeze=freeze,
         seed=config.run.seed,
         device=world.device,
@@ -357,21 +356,6 @@ def mixing_of(config: Config) -> data_layer.Mixing | None:
     """How training samples are mixed with one another."""
     wanted = config.data.mix
     return data_layer.Mixing(wanted.mixup, wanted.cutmix, wanted.share, config.run.seed) if wanted else None
-
-
-def _try_first_batch(config: Config, task: Task, model: nn.Module, sets: data_layer.DataSets, world: World) -> None:
-    """Let the task refuse data and a model that do not fit, with two samples, before anything is wrapped."""
-    check = getattr(task, "check", None)
-    if check is None:
-        return
-    loader = TrainLoader(
-        sets.train,
-        batch_size=_TRIED_SAMPLES * world.size,
-        rank=world.rank,
-        world_size=world.size,
-        seed=config.run.seed,
-    )
-    check(model, next(loader.steps()).microbatches[0])
 
 
 def _schedule(config: Config, cadence: Cadence, train: TrainLoader) -> Schedule:

@@ -90,8 +90,10 @@ def _check_model(thing: _Thing) -> Iterator[Problem]:
         builders = [catalogue.TORCHVISION + builder for builder in sources.torchvision_builders()]
         if builders and name not in builders:
             yield thing.unknown("a model of torchvision", builders, "a name in torchvision.models.list_models()")
-    elif not name.startswith((catalogue.TIMM, catalogue.HUGGING_FACE)):
-        others = "torchvision/<builder>, timm/<model>, or pkg.mod:factory for your own"
+    elif name.startswith(catalogue.HUGGING_FACE):
+        yield from _check_arguments(thing, catalogue.HUGGING_FACE_MODEL, 1)
+    elif not name.startswith(catalogue.TIMM):
+        others = "torchvision/<builder>, timm/<model>, hf/<folder>, or pkg.mod:factory for your own"
         yield from _check_ours(thing, catalogue.MODELS, "a model", others)
 
 

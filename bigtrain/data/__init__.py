@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from bigtrain.catalogue import DATA, DATA_LATER, TORCHVISION
+from bigtrain.catalogue import DATA, DATA_LATER, DATA_OF_TEXT, TORCHVISION
 from bigtrain.config.combinations import of_evaluation
 from bigtrain.data.fingerprints import Digest, fingerprint
 from bigtrain.data.loader import EvalLoader, StepBatch, TrainLoader
@@ -38,6 +38,7 @@ __all__ = [
     "build",
     "combine",
     "create",
+    "with_tokenizer",
 ]
 
 
@@ -54,6 +55,21 @@ class DataSets:
     train: Dataset
     eval: Dataset | None
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Data by name."""
+
+    name: str
+    args: Mapping[str, Any]
+
+
+def with_tokenizer(name: str, args: Mapping[str, Any], tokenizer: str | None) -> Mapping[str, Any]:
+    """The args of a source, and among them the model's own tokenizer where it needs one and none is named."""
+    if tokenizer is None or name not in DATA_OF_TEXT or "tokenizer" in args:
+        return args
+    return {**args, "tokenizer": tokenizer}
 
 
 def create(name: str, split: str, args: Mapping[str, Any] | None = None, *, where: str = "data") -> Dataset:
@@ -91,6 +107,7 @@ def build(
     args: Mapping[str, Any] | None = None,
     *,
     evaluation: float | Named | None = None,
+    tokenizer: str | None = None,
     split_seed: int = 0,
     train_transforms: Sequence[Named] = (),
     eval_transforms: Sequence[Named] = (),
@@ -101,6 +118,7 @@ def build(
         name: As for `create`.
         args: As for `create`.
         evaluation: A share of the samples to hold out; data of their own, by name and args; or None.
+        tokenizer: What text is read with where its args name none: the model's folder.
         split_seed: Chooses the samples that are held out.
         train_transforms: What is done to the images of training samples.
         eval_transforms: What is done to the images of evaluation samples.
@@ -108,8 +126,10 @@ def build(
     Raises:
         DataError: If anything of it cannot be found or read, or does not fit together.
     """
+    args = with_tokenizer(name, args or {}, tokenizer)
     if isinstance(evaluation, Named):
-        for clash in of_evaluation(name, args or {}, evaluation.name, evaluation.args):
+        evaluation = Source(evaluation.name, with_tokenizer(evaluation.name, evaluation.args, tokenizer))
+        for clash in of_evaluation(name, args, evaluation.name, evaluation.args):
             raise DataError(clash.text, where=clash.key, remedy=clash.remedy)
     return combine(
         create(name, "train", args),

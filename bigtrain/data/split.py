@@ -31,6 +31,16 @@ class Part:
         self._start = start
         self._stop = stop
 
+    @property
+    def class_names(self) -> Any:
+        """Those of the whole."""
+        return getattr(self.base, "class_names", None)
+
+    @property
+    def num_classes(self) -> Any:
+        """Those of the whole."""
+        return getattr(self.base, "num_classes", None)
+
     def __len__(self) -> int:
         return self._stop - self._start
 

@@ -1,4 +1,4 @@
-"""From text to token ids: bytes as they are, or a tokenizer file of the tokenizers library."""
+"""From text to token ids: bytes as they are, a tokenizer file of the tokenizers library, or a folder that has one."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class FromFile:
         from tokenizers import Tokenizer as Library
 
         if not path.is_file():
-            raise missing(path, "`bytes`, or the .json file of a tokenizer", where=where)
+            raise missing(path, "`bytes`, the .json file of a tokenizer, or a folder with one", where=where)
         try:
             self._library = Library.from_file(str(path))
         except Exception as error:  # the library raises a bare Exception
@@ -156,12 +156,20 @@ def _opened(path: Path, mode: str, **options: Any) -> IO[Any]:
 
 
 def load_tokenizer(tokenizer: str, *, where: str) -> Tokenizer:
-    """A tokenizer by `bytes` or the path of a file.
+    """A tokenizer by `bytes`, or the path of a file or of a Hugging Face folder.
 
     Raises:
         DataError: If there is no such tokenizer.
+        SetupError: Where it is a folder, and transformers is not installed.
     """
-    return Bytes() if tokenizer == Bytes.name else FromFile(Path(tokenizer), where=where)
+    if tokenizer == Bytes.name:
+        return Bytes()
+    path = Path(tokenizer).expanduser()
+    if path.is_dir():
+        from bigtrain.data.folder_tokenizers import FolderTokenizer
+
+        return FolderTokenizer(path, where=where)
+    return FromFile(path, where=where)
 
 
 def token_type(tokenizer: Tokenizer) -> np.dtype[Any]:

@@ -46,13 +46,14 @@ class ForeignReader(Protocol):
         """Close every file."""
 
 
-def open_weights(path: str | Path, *, allow_pickle: bool = False) -> ForeignReader:
+def open_weights(path: str | Path, *, allow_pickle: bool = False, as_gpt: bool = True) -> ForeignReader:
     """Open what a path leads to: it is found out by looking, never by trying to load.
 
     Args:
         path: A checkpoint of ours, a run folder (its newest checkpoint), a .safetensors file, a .pt, .pth or .bin
             file, a Hugging Face folder, sharded or not.
         allow_pickle: Read a .pt file that holds more than tensors and plain values. It can run any code.
+        as_gpt: Give a Llama's tensors the names of our gpt.
 
     Returns:
         Its tensors by (kind, name); of foreign files every tensor is a weight.
@@ -63,7 +64,7 @@ def open_weights(path: str | Path, *, allow_pickle: bool = False) -> ForeignRead
     """
     path = Path(path)
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, as_gpt=as_gpt)
     if not path.is_file():
         raise CheckpointError(f"there is no file or folder {path}", remedy="give the path of a checkpoint or weights")
     if path.suffix == ".safetensors":
@@ -78,7 +79,7 @@ def open_weights(path: str | Path, *, allow_pickle: bool = False) -> ForeignRead
     )
 
 
-def _open_folder(path: Path) -> ForeignReader:
+def _open_folder(path: Path, *, as_gpt: bool) -> ForeignReader:
     if (path / MANIFEST).exists():
         return open_whole(path)
     if (path / "checkpoints").is_dir():
@@ -87,7 +88,7 @@ def _open_folder(path: Path) -> ForeignReader:
             raise CheckpointError(f"the run {path} has no checkpoint", remedy="give a run that has saved one")
         return open_whole(found[0])
     if (path / _INDEX).exists() or (path / _SINGLE).exists():
-        return open_hugging_face(path)
+        return open_hugging_face(path, as_gpt=as_gpt)
     if (path / ".metadata").exists():
         raise CheckpointError(
             f"{path} is a DCP folder, whose table of contents is a pickle",
@@ -272,8 +273,12 @@ class HuggingFaceReader(SafetensorsReader):
     config: Mapping[str, Any]
 
 
-def open_hugging_face(path: Path) -> HuggingFaceReader:
+def open_hugging_face(path: Path, *, as_gpt: bool = True) -> HuggingFaceReader:
     """Open a Hugging Face folder, sharded or not.
+
+    Args:
+        path: The folder.
+        as_gpt: Give a Llama's tensors the names of our gpt.
 
     Raises:
         CheckpointError: Where a shard is missing, or does not hold what the index says.
@@ -289,9 +294,15 @@ def open_hugging_face(path: Path) -> HuggingFaceReader:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}", remedy="copy the whole folder")
-    reader = HuggingFaceReader(path, files, names.from_llama if names.is_llama(config) else lambda name: name)
+    if config.get("quantization_config"):
+        raise CheckpointError(
+            f"the weights of {path} are quantised, which is not read",
+            where=str(path / _CONFIG),
+            remedy="take the folder of the model in bf16 or fp32",
+        )
+    rename: Callable[[str], str] = names.from_llama if as_gpt and names.is_llama(config) else str
+    reader = HuggingFaceReader(path, files, rename)
     reader.config = config
-    rename = names.from_llama if names.is_llama(config) else str
     absent = [name for name in listed or () if (WEIGHT, rename(name)) not in reader.index]
     if absent:
         raise CheckpointError(f"{path} lacks tensors that its index lists: {', '.join(absent[:5])}")

@@ -162,7 +162,7 @@ def _load(reader: CheckpointReader, config: Config, device: torch.device, averag
         reader.check_averages()
     elif averaged is None:
         averaged = config.optim.ema is not None and config.optim.ema.evaluate
-    fillable = models.is_fillable(config.model.name)
+    fillable = models.is_fillable(config.model.name, config.model.args)
     with torch.device("meta" if fillable else "cpu"):
         model = models.build(config.model.name, config.model.args)
     model.to(dtype=DTYPES[config.precision])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -29,7 +30,7 @@ def build(name: str, args: Mapping[str, Any] | None = None) -> nn.Module:
     """Build a model.
 
     Args:
-        name: One of ours, `torchvision/<builder>`, `timm/<model>`, or `package.module:factory`;
+        name: One of ours, `torchvision/<builder>`, `timm/<model>`, `hf/<folder>`, or `package.module:factory`;
             `factory(**args)` returns a module.
         args: Its arguments.
 
@@ -46,37 +47,49 @@ def build(name: str, args: Mapping[str, Any] | None = None) -> nn.Module:
         from bigtrain.models import timm_models
 
         model = timm_models.build(name.removeprefix(TIMM), args)
+    elif name.startswith(HUGGING_FACE):
+        from bigtrain.models import hugging_face
+
+        make = partial(hugging_face.build, name.removeprefix(HUGGING_FACE))
+        model = call(make, args, name=name, error=ModelError, where="model.args")
     else:
         factory = load(_find(name), error=ModelError, where="model.name")
         model = call(factory, args, name=name, error=ModelError, where="model.args")
     return _checked(model, name)
 
 
-def is_fillable(name: str) -> bool:
+def is_fillable(name: str, args: Mapping[str, Any] | None = None) -> bool:
     """Whether the model answers `init_tensor`, and so can be built without memory and filled piece by piece.
 
-    A class is looked at, and a factory's annotated return type. torchvision's and timm's models do not answer.
+    A class is looked at, and a factory's annotated return type. torchvision's and timm's models do not answer, those
+    of Hugging Face do where their weights are read from a file.
 
     Raises:
         ModelError: Where there is no such model.
     """
     if name.startswith((TORCHVISION, TIMM)):
         return False
+    if name.startswith(HUGGING_FACE):
+        return weights_folder(name, args or {}) is not None
     factory = load(_find(name), error=ModelError, where="model.name")
     made = factory if isinstance(factory, type) else typing.get_type_hints(factory).get("return")
     return hasattr(made, "init_tensor")
+
+
+def weights_folder(name: str, args: Mapping[str, Any]) -> str | None:
+    """The Hugging Face folder that a model's weights come from unless the run file says otherwise."""
+    return hugging_face_folder(name) if args.get("pretrained", True) else None
+
+
+def hugging_face_folder(name: str) -> str | None:
+    """The folder of a model `hf/<folder>`; None for any other."""
+    return name.removeprefix(HUGGING_FACE) if name.startswith(HUGGING_FACE) else None
 
 
 def _find(name: str) -> str:
     """Where the factory of a model lies, as `package.module:attribute`."""
     if ":" in name:
         return name
-    if name.startswith(HUGGING_FACE):
-        raise ModelError(
-            f"{name!r}: models of Hugging Face are not available yet",
-            where="model.name",
-            remedy="use package.module:factory, with a factory of your own that makes the model",
-        )
     if name not in MODELS:
         remedy = suggest(name, names(), "models") + "\na model of your own is package.module:factory"
         raise ModelError(f"there is no model {name!r}", where="model.name", remedy=remedy)

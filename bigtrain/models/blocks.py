@@ -93,6 +93,11 @@ def _parameters_outside(module: nn.Module, blocks: set[nn.Module]) -> Iterator[n
     return iter(found)
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalises: torch's own, and those whose class name ends in `Norm`."""
+    return isinstance(module, _NORMS) or bool(_NORM_BY_NAME.search(type(module).__name__))
+
+
 def norm_and_bias(model: nn.Module) -> set[str]:
     """Names of the parameters that weight decay leaves alone by convention.
 
@@ -100,10 +105,7 @@ def norm_and_bias(model: nn.Module) -> set[str]:
     biases, and everything of fewer than two dimensions.
     """
     in_norms = {
-        parameter
-        for module in model.modules()
-        if isinstance(module, _NORMS) or _NORM_BY_NAME.search(type(module).__name__)
-        for parameter in module.parameters(recurse=False)
+        parameter for module in model.modules() if is_norm(module) for parameter in module.parameters(recurse=False)
     }
     return {
         name

@@ -39,11 +39,18 @@ def document_layout(documents: Tensor) -> Layout:
         documents: (B, T) integers.
     """
     index = torch.arange(documents.shape[1], device=documents.device)  # (T,)
-    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)  # (B, T)
-    first = (index * begins).cummax(dim=1).values  # (B, T), where each token's document begins
+    positions = positions_in_documents(documents)  # (B, T)
+    first = index - positions  # (B, T), where each token's document begins
     same = first[:, :, None] == first[:, None, :]  # (B, T, T)
     causal = index[:, None] >= index[None, :]  # (T, T)
-    return Layout(index - first, (same & causal).unsqueeze(1))
+    return Layout(positions, (same & causal).unsqueeze(1))
+
+
+def positions_in_documents(documents: Tensor) -> Tensor:
+    """Each token's position in its own document, (B, T) int64, for the numbers of documents (B, T)."""
+    index = torch.arange(documents.shape[1], device=documents.device)  # (T,)
+    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)  # (B, T)
+    return index - (index * begins).cummax(dim=1).values
 
 
 class Rotary(nn.Module):

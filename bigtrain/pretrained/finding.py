@@ -8,8 +8,14 @@ from urllib.error import URLError
 
 from bigtrain.config.schema import Config
 from bigtrain.errors import SetupError, UserError
+from bigtrain.models import weights_folder
 
 _TORCHVISION = "torchvision/"
+
+
+def weights_of(config: Config) -> str | None:
+    """What a run starts from: what the run file names, or the model's own Hugging Face folder; None for nothing."""
+    return config.finetune.init_from or weights_folder(config.model.name, config.model.args)
 
 
 def find_weights(config: Config, *, may_download: bool) -> Path:
@@ -23,10 +29,10 @@ def find_weights(config: Config, *, may_download: bool) -> Path:
         UserError: Where there are no such weights.
         SetupError: Where they are not in the cache and cannot be downloaded: it says which file to put where.
     """
-    name = config.finetune.init_from
+    name = weights_of(config)
     assert name is not None
     if not name.startswith(_TORCHVISION) or Path(name).exists():
-        return Path(name)
+        return Path(name).expanduser()
     import torch
 
     weights = _weights(name.removeprefix(_TORCHVISION), config.model.name)

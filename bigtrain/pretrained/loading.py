@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -18,8 +19,9 @@ from bigtrain.doors import ForeignReader, open_weights
 from bigtrain.doors.base import Base, Left, digests_of
 from bigtrain.doors.names import gpt_args, is_llama
 from bigtrain.errors import BigtrainError, CheckpointError, ReadError, StateError
+from bigtrain.catalogue import HUGGING_FACE
 from bigtrain.models.gpt import GPT
-from bigtrain.pretrained.finding import find_weights
+from bigtrain.pretrained.finding import find_weights, weights_of
 from bigtrain.pretrained.matching import Key, LoadReport, match
 from bigtrain.state import BUFFER, WEIGHT, Box, EngineState, TensorSpec
 from bigtrain.trainer import Training
@@ -39,16 +41,20 @@ def start_from(training: Training) -> LoadReport | None:
             no use then.
     """
     config = training.config
-    if config.finetune.init_from is None:
+    source = weights_of(config)
+    if source is None:
         return None
     ranks = Ranks(training.world)
     _told(ranks, lambda: find_weights(config, may_download=training.world.local_rank == 0))
-    reader: ForeignReader = _told(ranks, lambda: open_weights(find_weights(config, may_download=False)))
+    as_gpt = not config.model.name.startswith(HUGGING_FACE)
+    open_ = partial(open_weights, find_weights(config, may_download=False), as_gpt=as_gpt)
+    reader: ForeignReader = _told(ranks, open_)
     try:
         _refuse_other_arithmetic(reader, training)
         state = training.engine.state()
         specs = _specs(training, state)
-        sources, report = match(specs, reader.index, config.finetune, config.finetune.init_from)
+        prefix = getattr(training.model, "base_model_prefix", "")  # transformers' rule for a model below a head
+        sources, report = match(specs, reader.index, config.finetune, source, prefix=prefix)
         renamed = _Renamed(reader, sources, specs, state.hyper)
         training.engine.load(renamed)
         ranks.raise_first(renamed.failure)

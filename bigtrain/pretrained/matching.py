@@ -73,7 +73,12 @@ class LoadReport:
 
 
 def match(
-    ours: Mapping[Key, TensorSpec], theirs: Mapping[Key, TensorSpec], config: schema.Finetune, source: str
+    ours: Mapping[Key, TensorSpec],
+    theirs: Mapping[Key, TensorSpec],
+    config: schema.Finetune,
+    source: str,
+    *,
+    prefix: str = "",
 ) -> tuple[dict[Key, Key], LoadReport]:
     """Match the model's tensors with a file's.
 
@@ -82,6 +87,7 @@ def match(
         theirs: What the file has.
         config: What the run file declares.
         source: Where the file comes from, for the report.
+        prefix: What the names of all but the head begin with here, where a file of the model alone has none.
 
     Returns:
         For each tensor of the model that is to be read, the file's; and the report.
@@ -103,7 +109,7 @@ def match(
         new |= {name for name in names if name.startswith(head[0] + ".")}
     for key, spec in ours.items():
         name = key[1]
-        found = renamed.get(key) or renamed.get((WEIGHT, name))
+        found = renamed.get(key) or renamed.get((WEIGHT, name)) or _below(prefix, name, renamed)
         if name in new:
             report.new.append(name)
         elif found is None:
@@ -154,6 +160,12 @@ def _rename(theirs: Mapping[Key, TensorSpec], remap: Mapping[str, str]) -> dict[
             remedy=f"names that look alike: {', '.join(near)}",
         )
     return renamed
+
+
+def _below(prefix: str, name: str, renamed: Mapping[Key, Key]) -> Key | None:
+    """The tensor of a file that holds the model below a head alone, as transformers' AutoModel saves it."""
+    begins = f"{prefix}."
+    return renamed.get((WEIGHT, name.removeprefix(begins))) if prefix and name.startswith(begins) else None
 
 
 def _replaced(name: str, pattern: str, wanted: str) -> str:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bigtrain.errors import CombinationError, DataError, ModelError
-from bigtrain.protocols import Batch, LossSum
-from bigtrain.tasks.inspection import sample, try_on
+from bigtrain.protocols import Batch, Dataset, LossSum
+from bigtrain.tasks.inspection import check_tokens, sample, try_on
 from bigtrain.tasks.tensors import at_least_fp32, describe, mismatch, outputs, valid_part
 
 IGNORED = -100  # torch's default for a target that does not count
@@ -112,6 +112,14 @@ class CausalLM:
             )
         self._vocab, self._model_sums = logits.shape[2], sums
         self._check_tokens(tokens, batch)
+
+    def check_data(self, dataset: Dataset) -> None:
+        """Refuse data with tokens that the model does not know, where the data tell.
+
+        Raises:
+            DataError: Naming the largest.
+        """
+        check_tokens(dataset, self._vocab)
 
     def _check_tokens(self, tokens: Tensor, batch: Batch) -> None:
         if self._vocab is None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bigtrain.errors import DataError, ModelError, UserError
-from bigtrain.protocols import Batch, LossSum, Metrics
+from bigtrain.protocols import Batch, Dataset, LossSum, Metrics
 from bigtrain.tasks.inspection import pair, try_on
 from bigtrain.tasks.labels import check_labels, is_known
 from bigtrain.tasks.pictures import data_uri, is_picture
@@ -60,6 +60,7 @@ class Classification:
         self.ignore_index = ignore_index
         self._ignored = _NO_LABEL if ignore_index is None else ignore_index
         self._weights: Tensor | None = None  # class_weights where the logits are
+        self._num_outputs: int | None = None  # of the model, known once `check` ran
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
         """The sum of the cross-entropies, and of what they count.
@@ -195,8 +196,25 @@ class Classification:
                 where="model",
                 remedy="return logits (samples, classes)",
             )
+        self._num_outputs = logits.shape[1]
         self._check_classes(logits.shape[1])
         check_labels(valid_part(labels, batch), logits.shape[1], self._ignored, batch.indices)
+
+    def check_data(self, dataset: Dataset) -> None:
+        """Refuse data of more classes than the model has outputs, where the data say how many they have.
+
+        Raises:
+            DataError: Naming the classes that the model cannot say.
+        """
+        there, known = getattr(dataset, "num_classes", None), self._num_outputs
+        if self.ignore_index is None and there and known and there > known:
+            names = [str(name) for name in getattr(dataset, "class_names", None) or range(there)]
+            raise DataError(
+                f"the data have {there} classes and the model {known} outputs: the head does not know "
+                f"{', '.join(names[known : known + 3])}{' …' if there > known + 3 else ''}",
+                where="model.args.num_classes",
+                remedy=f"set model.args.num_classes={there}, or take data of fewer classes",
+            )
 
     def _check_classes(self, num_outputs: int) -> None:
         if self.num_classes not in (None, num_outputs):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bigtrain.errors import BigtrainError, DataError
 from bigtrain.named import place_of
-from bigtrain.protocols import Batch
+from bigtrain.protocols import Batch, Dataset
 from bigtrain.tasks.tensors import describe
 
 
@@ -38,6 +38,21 @@ def pair(batch: Batch, names: str) -> tuple[Any, Tensor]:
     if data[1].ndim == 0 or len(data[1]) != len(batch):
         raise DataError(f"a batch of {len(batch)} samples ({names}) is {describe(data)}", where="data")
     return data[0], data[1]
+
+
+def check_tokens(dataset: Dataset, vocab: int | None) -> None:
+    """Refuse data whose largest token, where they tell, is outside the model's vocabulary.
+
+    Raises:
+        DataError: Naming both.
+    """
+    largest = getattr(getattr(dataset, "base", dataset), "largest_token", None)
+    if largest is not None and vocab is not None and largest >= vocab:
+        raise DataError(
+            f"token {largest} of the data is outside the model's vocabulary of {vocab}",
+            where="data.args.tokenizer",
+            remedy="give the tokenizer that the model was trained with",
+        )
 
 
 def try_on(model: nn.Module, *inputs: Any, **named: Any) -> Any:

@@ -39,6 +39,7 @@ FLOORS = {
     "bigtrain.tasks": 3,
     "bigtrain.engines": 4,
     "bigtrain.goals": 4,
+    "bigtrain.fitting": 4,
     "bigtrain.checkpoint": 5,
     "bigtrain.health": 5,
     "bigtrain.tracking": 5,

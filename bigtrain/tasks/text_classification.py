@@ -1,0 +1,49 @@
+"""Classification of texts: that of anything else, with a closer look at what goes into the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from bigtrain.errors import DataError
+from bigtrain.protocols import Batch, Dataset
+from bigtrain.tasks.classification import Classification
+from bigtrain.tasks.inspection import check_tokens, pair
+from bigtrain.tasks.tensors import describe
+
+
+class TextClassification(Classification):
+    """Batches are (inputs, labels): a mapping of `input_ids`, `attention_mask` and what else the model takes, each
+    (B, T) int64, and integers (B,). The model returns logits (B, classes).
+    """
+
+    _vocab: int | None = None
+
+    def check(self, model: nn.Module, batch: Batch) -> None:
+        """Refuse data and models that do not fit, by one batch on the host.
+
+        Raises:
+            DataError: Where the data are no tokenized texts, or hold a token that the model does not know.
+            ModelError: Where the model's outputs are not logits of as many classes as were asked for.
+        """
+        inputs, _ = pair(batch, "text, label")
+        ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+        if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 2:
+            raise DataError(
+                f"the data give {describe(inputs)}, and text_classification needs {{input_ids: int64[samples, tokens]}}",
+                where="data.name",
+                remedy="use the data text_classification, or a dataset of your own with such samples",
+            )
+        self._vocab = getattr(getattr(model, "config", None), "vocab_size", None)
+        super().check(model, batch)
+
+    def check_data(self, dataset: Dataset) -> None:
+        """Refuse data of more classes than the model has outputs, and of tokens that it does not know.
+
+        Raises:
+            DataError: Naming what the model does not know.
+        """
+        super().check_data(dataset)
+        check_tokens(dataset, self._vocab)
