@@ -23,6 +23,7 @@ DATA = {
     "tokens": "bigtrain.data.text:tokens",
     "synthetic": "bigtrain.data.synthetic:synthetic",
     "text_classification": "bigtrain.data.text_classification:text_classification",
+    "conversations": "bigtrain.data.conversations:conversations",
 }
 
 SYNTHETIC_KINDS = {
@@ -31,10 +32,10 @@ SYNTHETIC_KINDS = {
     "causal_lm": "bigtrain.data.synthetic:_causal_lm",
 }
 
-DATA_WITHOUT_SPLITS = ("image_folder", "text", "text_classification", "tokens")
+DATA_WITHOUT_SPLITS = ("conversations", "image_folder", "text", "text_classification", "tokens")
 """Sources whose samples do not depend on the split."""
 
-DATA_OF_TEXT = ("text", "text_classification")
+DATA_OF_TEXT = ("conversations", "text", "text_classification")
 """Sources that take a tokenizer: the folder's of a model hf/<folder>, where none is named."""
 
 DATA_FOR_TRAINING_ONLY = ("digits",)

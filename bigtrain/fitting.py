@@ -28,8 +28,10 @@ def try_first_batch(task: Task, model: nn.Module, sets: DataSets, world: World, 
     loader = TrainLoader(
         sets.train, batch_size=_TRIED_SAMPLES * world.size, rank=world.rank, world_size=world.size, seed=seed
     )
-    check(model, next(loader.steps()).microbatches[0])
     look = getattr(task, "check_data", None)
-    for dataset in (sets.train, sets.eval):
-        if look is not None and dataset is not None:
-            look(dataset)
+    try:
+        check(model, next(loader.steps()).microbatches[0])
+    finally:  # what is said of all samples tells more than what is wrong with one
+        for dataset in (sets.train, sets.eval):
+            if look is not None and dataset is not None:
+                look(dataset)

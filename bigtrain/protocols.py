@@ -68,8 +68,8 @@ class Task(Protocol):
     """What is learnt: a loss, and how to measure it.
 
     A task may also have `check(model, batch) -> None`, called once before the first step with the first microbatch,
-    still on the host, to refuse what does not fit with a clear error; and `check_data(dataset) -> None`, called after it
-    with each dataset, for what a dataset says of all its samples (`num_classes`).
+    still on the host, to refuse what does not fit with a clear error; and `check_data(dataset) -> None`, called with
+    each dataset afterwards, for what it says of all its samples (`num_classes`).
     """
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:

@@ -92,6 +92,7 @@ def source_of(current: Callable[[], Training]) -> Source:
             "standings": {name: asdict(standing) for name, standing in outcome.standings.items()},
             "phase": training.phase,
             "fingerprint": training.fingerprint,
+            **({"class_names": training.class_names} if training.class_names else {}),
             "config": dump(config),
             "engine": training.engine_label,
             "world_size": world.size,

@@ -53,13 +53,13 @@ def evaluate(
 def predict(
     place: Place,
     inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT…", help="Picture files; or prompts, @FILE for one in a file.")
+        list[str], typer.Argument(metavar="INPUT…", help="Picture files; or texts, @FILE for one in a file.")
     ],
     max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens that are added to a prompt.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token; 1 draws as learnt.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the drawing.")] = 0,
     tokenizer: Annotated[
-        str | None, typer.Option(help="`bytes` or a tokenizer.json, where the run file names none.")
+        str | None, typer.Option(help="`bytes`, a tokenizer.json or its folder, instead of the run file's.")
     ] = None,
     folder: Folder = Path("runs"),
     best: Best = False,
@@ -67,10 +67,10 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of text.")] = False,
 ) -> None:
-    """Say the class of pictures, or go on with texts."""
+    """Say the class of pictures or texts, or go on with texts."""
     from bigtrain.evaluating import find_checkpoint, opened
     from bigtrain.evaluating import predict as ask
-    from bigtrain.evaluating.predicting import Generating
+    from bigtrain.evaluating.texts import Generating
 
     how = Generating(max_tokens, temperature, seed, tokenizer)
     with opened(find_checkpoint(place, folder, best=best), averaged=ema) as trained:
@@ -90,6 +90,8 @@ def _about(trained: Trained) -> dict[str, Any]:
 
 def _line(answer: Prediction) -> str:
     said = answer.answer
+    if "answer" in said:
+        return f"{answer.input}\n{said['answer']}\n"
     if "continuation" in said:
         return f"{answer.input}{said['continuation']}"
     return f"{answer.input}  {said['class']}  {said['probability']:.4f}"

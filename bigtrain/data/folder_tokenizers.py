@@ -80,6 +80,17 @@ class FolderTokenizer(FromFile):
         rendered: str = self.library.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompts)
         return rendered
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids that a user's message, and what asks for an answer to it, have in the chat template."""
+        return self.encode_with_places(self.render([{"role": "user", "content": text}], prompts=True))[0]
+
+    def ends_of_answers(self) -> set[int]:
+        """The ids after which an answer is over: what the chat template writes there, and what ends any text."""
+        found = {self.separator} if self.separator is not None else set()
+        whole = self.render([{"role": "user", "content": "."}, {"role": "assistant", "content": "x"}], prompts=False)
+        after = self.encode_with_places(whole[whole.rindex("x") + 1 :])[0][:1]
+        return found | {id_ for id_ in after if id_ in self.library.added_tokens_decoder}
+
     def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of a text as it stands, without further tokens, and where each begins and ends in it."""
         encoded = self.library(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -6,32 +6,21 @@ one.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bigtrain.checkpoint import CheckpointReader
-from bigtrain.checkpoint.shards import DTYPES
-from bigtrain.config.loader import loads
-from bigtrain.doors import names
+from bigtrain.doors import hugging_face
 from bigtrain.doors.kept import as_text
-from bigtrain.doors.memory import tensor_for
+from bigtrain.doors.streaming import Progress, Watched, write_safetensors
 from bigtrain.errors import CheckpointError, SaveError, SetupError
-from bigtrain.models import build
-from bigtrain.state import BUFFER, EMA, WEIGHT, whole
-
-Key = tuple[str, str]
-Progress = Callable[[int], None]
+from bigtrain.state import BUFFER, WEIGHT
 
 FORMS = ("hf", "safetensors", "torch", "dcp", "deepspeed")
-
-_LARGEST_SHARD = 5 * 10**9  # bytes of a file of a Hugging Face folder, its library's own default
 
 
 def export(
@@ -62,7 +51,7 @@ def export(
         reader.check_averages()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _export(_Watched(reader, progress, averaged=averaged), out, form)
+        _export(Watched(reader, progress, averaged=averaged), out, form)
     except OSError as error:
         raise SaveError(
             f"cannot write {out}: {error.strerror or error}",
@@ -71,7 +60,7 @@ def export(
         ) from error
 
 
-def _export(reader: _Watched, out: Path, form: str) -> None:
+def _export(reader: Watched, out: Path, form: str) -> None:
     aside = out.with_name(f".{out.name}.part-{os.getpid()}")
     try:
         _WRITERS[form](reader, aside)
@@ -83,138 +72,31 @@ def _export(reader: _Watched, out: Path, form: str) -> None:
             aside.unlink(missing_ok=True)
 
 
-class _Watched:
-    """A reader that tells how far it has come, and may have averages in the place of weights."""
-
-    def __init__(self, reader: CheckpointReader, progress: Progress, *, averaged: bool) -> None:
-        self._reader, self._progress = reader, progress
-        self._averaged = {name for kind, name in reader.index if kind == EMA} if averaged else set()
-        self.index = {key: spec for key, spec in reader.index.items() if not (averaged and key[0] == EMA)}
-        self.path, self.hyper, self.extra, self.step = reader.path, reader.hyper, reader.extra, reader.step
-
-    def read_into(self, kind: str, name: str, box: Any, out: torch.Tensor) -> None:
-        source = EMA if kind in (WEIGHT, BUFFER) and name in self._averaged else kind
-        self._reader.read_into(source, name, box, out)
-        self._progress(out.nbytes)
-
-    def whole(self, key: Key) -> torch.Tensor:
-        """One tensor, whole."""
-        spec = self.index[key]
-        out = tensor_for(spec)
-        self.read_into(*key, whole(spec.shape), out)
-        return out
-
-
-def _weights(reader: _Watched) -> list[Key]:
-    return [key for key in reader.index if key[0] in (WEIGHT, BUFFER)]
-
-
-# ---- safetensors and Hugging Face ----------
-
-
-def _write_safetensors(reader: _Watched, path: Path, keys: list[Key] | None = None, rename: Any = str) -> None:
-    """A file of the format (its documentation): header, then tensors in the order of the header, aligned by size."""
-    held = sorted(keys or _weights(reader), key=lambda key: -reader.index[key].dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    place = 0
-    for key in held:
-        shape, dtype = reader.index[key]
-        end = place + dtype.itemsize * torch.Size(shape).numel()
-        header[rename(key[1])] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [place, end]}
-        place = end
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    with open(path, "xb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        for key in held:
-            file.write(reader.whole(key).reshape(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_hugging_face(reader: _Watched, path: Path) -> None:
-    config = loads(reader.extra["config"]) if "config" in reader.extra else None
-    if config is None or config.model.name != "gpt":
-        raise CheckpointError(
-            f"{reader.path} is not of a model that transformers knows: "
-            f"{'it was brought in' if config is None else config.model.name}",
-            where=str(reader.path),
-            remedy="export it --to safetensors",
-        )
-    with torch.device("meta"):
-        model = build("gpt", config.model.args)
-    path.mkdir()
-    described = names.llama_config({**config.model.args, **_args_of(model)})
-    (path / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    shards = list(_in_shards(reader))
-    if len(shards) == 1:
-        _write_safetensors(reader, path / "model.safetensors", shards[0], names.to_llama)
-        return
-    listed: dict[str, str] = {}
-    for number, keys in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_safetensors(reader, path / name, keys, names.to_llama)
-        listed |= {names.to_llama(key[1]): name for key in keys}
-    total = sum(_bytes(reader, key) for keys in shards for key in keys)
-    index = {"metadata": {"total_size": total}, "weight_map": listed}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _args_of(model: Any) -> dict[str, Any]:
-    """Every argument of a gpt, those that were left to their defaults included."""
-    block = model.layers[0]
-    return {
-        "mlp_width": block.mlp.up_proj.out_features,
-        "heads": block.self_attn.heads,
-        "kv_heads": block.self_attn.kv_heads,
-        "tied": model.lm_head.weight is model.embed_tokens.weight,
-        "rope_theta": float(model.rotary.theta),
-        "norm_eps": block.input_layernorm.eps,
-        "dropout": model.dropout.p,
-    }
-
-
-def _in_shards(reader: _Watched) -> Iterator[list[Key]]:
-    keys: list[Key] = []
-    size = 0
-    for key in _weights(reader):
-        if keys and size + _bytes(reader, key) > _LARGEST_SHARD:
-            yield keys
-            keys, size = [], 0
-        keys.append(key)
-        size += _bytes(reader, key)
-    yield keys
-
-
-def _bytes(reader: _Watched, key: Key) -> int:
-    shape, dtype = reader.index[key]
-    return dtype.itemsize * torch.Size(shape).numel()
-
-
 # ---- torch and DCP ----------
 
 
-def _write_torch(reader: _Watched, path: Path) -> None:
+def _write_torch(reader: Watched, path: Path) -> None:
     from bigtrain.doors.torch_files import write
 
-    is_model = {key: ("model", key[1]) if key[0] in (WEIGHT, BUFFER) else ("optimizer", key[1], key[0])
-                for key in reader.index}  # fmt: skip
+    places = {
+        key: ("model", key[1]) if key[0] in (WEIGHT, BUFFER) else ("optimizer", key[1], key[0]) for key in reader.index
+    }
     content: dict[str, Any] = {
         "step": reader.step,
         "hyper": {name: dict(values) for name, values in reader.hyper.items()},
         "buffers": [name for kind, name in reader.index if kind == BUFFER],
         "bigtrain": as_text(reader.extra),
     }
-    write(path, content, is_model, reader)
+    write(path, content, places, reader)
 
 
-def _write_dcp(reader: _Watched, path: Path) -> None:
+def _write_dcp(reader: Watched, path: Path) -> None:
     from bigtrain.doors.dcp import write
 
     write(path, reader)
 
 
-def _write_deepspeed(reader: _Watched, path: Path) -> None:
+def _write_deepspeed(reader: Watched, path: Path) -> None:
     try:
         from bigtrain.doors.deepspeed import write
     except ImportError as error:
@@ -223,9 +105,9 @@ def _write_deepspeed(reader: _Watched, path: Path) -> None:
     write(path, reader)
 
 
-_WRITERS: Mapping[str, Callable[[_Watched, Path], None]] = {
-    "hf": _write_hugging_face,
-    "safetensors": _write_safetensors,
+_WRITERS: Mapping[str, Callable[[Watched, Path], None]] = {
+    "hf": hugging_face.write,
+    "safetensors": write_safetensors,
     "torch": _write_torch,
     "dcp": _write_dcp,
     "deepspeed": _write_deepspeed,

@@ -50,8 +50,8 @@ def to_llama(name: str) -> str:
     return name if name == _OUTPUT else f"model.{name}"
 
 
-def llama_config(args: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a gpt that was built with these arguments, all of them given."""
+def llama_config(args: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The config.json of a gpt that was built with these arguments, all of them given, and is kept in this dtype."""
     config = {theirs: args[ours] for theirs, ours in _LLAMA.items()}
     theta = args["rope_theta"]
     return {
@@ -63,7 +63,7 @@ def llama_config(args: Mapping[str, Any]) -> dict[str, Any]:
         "rope_theta": theta,
         "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
         "attention_dropout": args["dropout"],
-        "torch_dtype": "float32",
+        "torch_dtype": dtype,
         "use_cache": True,
     }
 

@@ -1,69 +1,36 @@
-"""What a trained model says of inputs that are in no dataset: a class for a picture, the rest for a text."""
+"""What a trained model says of inputs that are in no dataset: a class for a picture or a text, the rest of a text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bigtrain.data import create, token_files
+from bigtrain.data import create
 from bigtrain.data.paths import missing
-from bigtrain.data.tokenizers import Tokenizer, load_tokenizer
 from bigtrain.data.transforms import Transformed
 from bigtrain.errors import CombinationError, DataError, UserError
+from bigtrain.evaluating.answers import Prediction
+from bigtrain.evaluating.texts import CLASSIFIED, Generating, classes_of, continuations_of
 from bigtrain.evaluating.trained import Trained, refuse_given
 from bigtrain.protocols import Dataset
 from bigtrain.tasks.causal_lm import CausalLM
 from bigtrain.tasks.classification import Classification
 from bigtrain.tasks.tensors import at_least_fp32, outputs
 
-_FILE = "@"  # before the path of a file that holds a prompt
+_THE_LIKELIEST = Generating()
 
 
-@dataclass(frozen=True)
-class Generating:
-    """How a text is gone on with.
-
-    Attributes:
-        max_tokens: The most tokens to add.
-        temperature: What logits are divided by before one is drawn; 0 takes the likeliest.
-        seed: Of the drawing.
-        tokenizer: `bytes` or a tokenizer's file, instead of the one of the run file.
-    """
-
-    max_tokens: int = 100
-    temperature: float = 0.0
-    seed: int = 0
-    tokenizer: str | None = None
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What came of one input.
-
-    Attributes:
-        input: A file, or a prompt.
-        answer: By name, in the order in which it is to be shown.
-    """
-
-    input: str
-    answer: dict[str, Any]
-
-    def as_dict(self) -> dict[str, Any]:
-        """One flat row."""
-        return {"input": self.input, **self.answer}
-
-
-def predict(trained: Trained, inputs: Sequence[str], generating: Generating = Generating()) -> Iterator[Prediction]:
+def predict(trained: Trained, inputs: Sequence[str], generating: Generating = _THE_LIKELIEST) -> Iterator[Prediction]:
     """What the model says of each input, in order.
 
     Args:
         trained: The model.
-        inputs: Pictures' files for a classification; for a language model prompts, or `@file` with one in it.
+        inputs: Pictures' files for a classification, texts for one of texts, prompts for a language model; `@file`
+            is a file with a text in it.
         generating: How a text is gone on with.
 
     Raises:
@@ -71,13 +38,15 @@ def predict(trained: Trained, inputs: Sequence[str], generating: Generating = Ge
         DataError: Where a file is missing or no picture, or a prompt does not fit the model; the input is named.
     """
     if isinstance(trained.task, Classification):
+        if trained.config.data.name == CLASSIFIED:
+            return classes_of(trained, inputs, generating.tokenizer)
         return _classes(trained, inputs)
     if isinstance(trained.task, CausalLM):
-        return _texts(trained, inputs, generating)
+        return continuations_of(trained, inputs, generating)
     raise UserError(
         f"the task {trained.config.task.name} cannot predict from the command line",
         where="task.name",
-        remedy="classification takes pictures and causal_lm takes text; for others open the checkpoint in Python:\n"
+        remedy="classification takes pictures or texts, causal_lm takes text; others are opened in Python:\n"
         "with bigtrain.evaluating.opened(path) as trained: trained.model(…)",
     )
 
@@ -172,91 +141,3 @@ def _read(path: Path) -> Any:
             where=str(path),
             remedy="give PNG or JPEG files",
         ) from error
-
-
-# ---- text ----------
-
-
-def _texts(trained: Trained, inputs: Sequence[str], how: Generating) -> Iterator[Prediction]:
-    tokenizer, context = _tokenizer(trained, how), _context(trained)
-    prompts = [_prompt(text) for text in inputs]
-    for prompt in prompts:
-        ids = tokenizer.encode_text(prompt)
-        if not ids or len(ids) > context:
-            raise DataError(
-                f"the prompt {prompt[:40]!r} has {len(ids)} tokens, and the model takes 1 to {context}",
-                where="INPUT",
-                remedy="shorten it: the end of a text says most about what follows" if ids else "give some text",
-            )
-        generator = torch.Generator().manual_seed(how.seed)
-        added = list(_continue(trained, ids, context, how, generator, tokenizer.separator))
-        yield Prediction(prompt, {"continuation": tokenizer.decode(added), "tokens": len(added)})
-
-
-def _continue(
-    trained: Trained,
-    ids: list[int],
-    context: int,
-    how: Generating,
-    generator: torch.Generator,
-    end: int | None,
-) -> Iterator[int]:
-    """Tokens one by one, each from the last `context` ones before it, up to the end of the document."""
-    seen = list(ids)
-    for _ in range(how.max_tokens):
-        tokens = torch.tensor([seen[-context:]], device=trained.world.device)
-        with trained.evaluating():
-            logits = at_least_fp32(outputs(trained.model(tokens)))[0, -1].cpu()  # (vocabulary,)
-        if how.temperature:
-            token = int(torch.multinomial((logits / how.temperature).softmax(0), 1, generator=generator))
-        else:
-            token = int(logits.argmax())
-        if token == end:
-            return
-        seen.append(token)
-        yield token
-
-
-def _prompt(text: str) -> str:
-    if not text.startswith(_FILE):
-        return text
-    path = Path(text.removeprefix(_FILE))
-    if not path.is_file():
-        raise missing(path, "the file of a prompt", where="INPUT")
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{str(path)!r} is no text: {error}", where=str(path), remedy="give UTF-8 text") from error
-
-
-def _tokenizer(trained: Trained, how: Generating) -> Tokenizer:
-    data = trained.config.data
-    wanted = how.tokenizer or data.args.get("tokenizer")
-    if data.name == "tokens":
-        meta = token_files.open_tokens(data.args["path"], where="data.args.path").meta
-        if wanted is None and meta.tokenizer != "bytes":
-            raise DataError(
-                f"the data were packed with the tokenizer {meta.tokenizer}, of which only the name is known",
-                where="--tokenizer",
-                remedy=f"give its file: --tokenizer path/to/{meta.tokenizer}",
-            )
-        found = load_tokenizer(wanted or "bytes", where="--tokenizer")
-        if found.fingerprint != meta.tokenizer_fingerprint:
-            raise DataError(
-                f"{wanted!r} is not the tokenizer that the data were packed with, {meta.tokenizer}",
-                where="--tokenizer",
-                remedy="give the very file",
-            )
-        return found
-    if wanted is None and data.name != "text":
-        raise DataError(
-            f"the data {data.name} name no tokenizer", where="--tokenizer", remedy="give `bytes` or a tokenizer.json"
-        )
-    return load_tokenizer(wanted or "bytes", where="--tokenizer" if how.tokenizer else "data.args.tokenizer")
-
-
-def _context(trained: Trained) -> int:
-    found = getattr(trained.model, "context", None) or trained.config.data.args.get("context")
-    if not isinstance(found, int):
-        raise DataError("neither the model nor the data say how long a context is", where="data.args.context")
-    return found

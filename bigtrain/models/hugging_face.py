@@ -26,6 +26,7 @@ from bigtrain.named import nearest, suggest
 
 CLASSIFICATION, CAUSAL_LM = "classification", "causal_lm"
 _CONFIG = "config.json"
+_LONGEST_REASON = 300  # characters
 _SUFFIXES = {"ForSequenceClassification": CLASSIFICATION, "ForCausalLM": CAUSAL_LM, "LMHeadModel": CAUSAL_LM}
 
 
@@ -62,7 +63,7 @@ def build(
         described.num_labels = num_classes
     if head == CLASSIFICATION and getattr(described, "pad_token_id", None) is None:
         described.pad_token_id = _first(getattr(described, "eos_token_id", None))  # as the data's tokenizer does
-    made = type(cls.__name__, (_mixin(cls, head), cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    made: Any = type(cls.__name__, (_mixin(cls, head), cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
     try:
         with _drawing_nothing() if pretrained else nullcontext():
             model: nn.Module = made._from_config(described, dtype=torch.float32)
@@ -108,12 +109,14 @@ class _Loaded:
         Raises:
             ModelError: Where this version of transformers has no rule for one.
         """
-        tensors = (*self.parameters(), *self.buffers())  # type: ignore[attr-defined]
+        tensors: tuple[Any, ...] = (*self.parameters(), *self.buffers())  # type: ignore[attr-defined]
         for tensor in tensors:
             tensor._is_hf_initialized = True  # transformers then leaves it alone
         for owner, name, module in _with_buffers(self):
             own = {leaf: module._buffers[leaf] for leaf in module._non_persistent_buffers_set}
-            tables = {leaf: table for leaf, table in own.items() if table is not None and not table.is_meta}
+            tables: dict[str, Any] = {
+                leaf: table for leaf, table in own.items() if table is not None and not table.is_meta
+            }
             for table in tables.values():
                 table._is_hf_initialized = False
                 table.copy_(_unlikely(table))
@@ -127,6 +130,12 @@ class _Loaded:
                         remedy="set model.args.pretrained=false and name the folder in finetune.init_from:\n"
                         "the model is then built whole, on every rank, before it is cut up",
                     )
+
+    def _any_mask(self, tokens: Tensor) -> Tensor:
+        """A mask of four dimensions, which is taken as it is: where shapes alone are computed none can be looked into."""
+        size = tokens.shape[1]
+        like: Tensor = next(self.parameters())  # type: ignore[attr-defined]
+        return like.new_empty(len(tokens), 1, size, size)
 
     def _check_length(self, tokens: Tensor) -> None:
         if self.context is not None and tokens.shape[1] > self.context:
@@ -143,7 +152,10 @@ class _Classifier(_Loaded):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Logits (samples, classes)."""
-        self._check_length(inputs["input_ids"])
+        tokens = inputs["input_ids"]
+        self._check_length(tokens)
+        if tokens.is_meta:
+            inputs = {"input_ids": tokens, "attention_mask": self._any_mask(tokens)}
         logits: Tensor = super().forward(**inputs).logits  # type: ignore[misc]
         return logits
 
@@ -157,6 +169,8 @@ class _LanguageModel(_Loaded):
 
     def _logits(self, tokens: Tensor, **further: Tensor) -> Tensor:
         self._check_length(tokens)
+        if tokens.is_meta:
+            further = {"attention_mask": self._any_mask(tokens)}
         forward = super().forward  # type: ignore[misc]
         logits: Tensor = forward(input_ids=tokens, use_cache=False, **further).logits
         return logits
@@ -206,7 +220,8 @@ def _transformers() -> Any:
 def _read(path: Path) -> Mapping[str, Any]:
     file = path / _CONFIG
     if not file.is_file():
-        near = nearest(path.name, [each.name for each in path.parent.iterdir()]) if path.parent.is_dir() else []
+        beside = [each.parent.name for each in path.parent.glob(f"*/{_CONFIG}")] if path.parent.is_dir() else []
+        near = nearest(path.name, beside, limit=1)
         what = f"the folder {str(path)!r} holds no {_CONFIG}" if path.is_dir() else f"there is no folder {str(path)!r}"
         raise ModelError(
             what,
@@ -232,6 +247,12 @@ def _refuse(said: Mapping[str, Any], path: Path) -> None:
             where=str(path / _CONFIG),
             remedy="take the folder of the model in bf16 or fp32",
         )
+    if said.get("is_encoder_decoder"):
+        raise ModelError(
+            f"{str(path)!r} is an encoder and a decoder, which no task here trains",
+            where="model.name",
+            remedy="take an encoder for classification, or a decoder for causal_lm",
+        )
     if said.get("auto_map"):
         raise ModelError(
             f"{str(path)!r} needs code of its own, which is never run",
@@ -241,23 +262,17 @@ def _refuse(said: Mapping[str, Any], path: Path) -> None:
 
 
 def _described(path: Path, said: Mapping[str, Any], changes: Mapping[str, Any]) -> Any:
-    """transformers' configuration."""
+    """What transformers makes of a config.json."""
     library = _transformers()
     try:
         plain = library.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers has many names for a description that it does not know
         raise ModelError(
             f"transformers knows no model like {str(path)!r} (model_type {said.get('model_type')!r}): "
-            f"{str(error).partition(chr(10))[0]}",
+            + " ".join(str(error).split())[:_LONGEST_REASON],
             where=str(path / _CONFIG),
-            remedy="a newer transformers may know it",
+            remedy="put right what it says; or install a newer transformers, which may know it",
         ) from error
-    if getattr(plain, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{str(path)!r} is an encoder and a decoder, which no task here trains",
-            where="model.name",
-            remedy="take an encoder for classification, or a decoder for causal_lm",
-        )
     for key in changes:
         if not hasattr(plain, key) or key in ("quantization_config", "auto_map"):
             raise ModelError(
@@ -269,7 +284,7 @@ def _described(path: Path, said: Mapping[str, Any], changes: Mapping[str, Any]) 
         return library.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False, **changes)
     except Exception as error:
         raise ModelError(
-            f"transformers refuses {dict(changes)}: {str(error).partition(chr(10))[0]}",
+            f"transformers refuses {dict(changes)}: {' '.join(str(error).split())[:_LONGEST_REASON]}",
             where="model.args.config",
             remedy="give values as config.json has them",
         ) from error

@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from bigtrain.catalogue import HUGGING_FACE
 from bigtrain.checkpoint import Ranks
 from bigtrain.doors import ForeignReader, open_weights
 from bigtrain.doors.base import Base, Left, digests_of
 from bigtrain.doors.names import gpt_args, is_llama
 from bigtrain.errors import BigtrainError, CheckpointError, ReadError, StateError
-from bigtrain.catalogue import HUGGING_FACE
 from bigtrain.models.gpt import GPT
 from bigtrain.pretrained.finding import find_weights, weights_of
 from bigtrain.pretrained.matching import Key, LoadReport, match

@@ -92,8 +92,9 @@ class CausalLM:
         if documents and not _takes(model, "documents", by_keywords=True):
             raise CombinationError(
                 f"the data keep documents apart, and {type(model).__name__}.forward takes no `documents`",
-                where="data.args.attend_across_documents",
-                remedy="set data.args.attend_across_documents=true, or use a model that does, such as gpt",
+                where="data.args",
+                remedy="set data.args.attend_across_documents=true (of conversations: data.args.pack=false), or use a\n"
+                "model that does, such as gpt",
             )
         tokens = batch.data["tokens"]
         # Zeros, because what is to be found out is which tokens the model knows.

@@ -15,8 +15,9 @@ from bigtrain.tasks.tensors import describe
 
 
 class TextClassification(Classification):
-    """Batches are (inputs, labels): a mapping of `input_ids`, `attention_mask` and what else the model takes, each
-    (B, T) int64, and integers (B,). The model returns logits (B, classes).
+    """Batches are (inputs, labels): what the model takes by name, each (B, T) int64, and integers (B,).
+
+    Among the inputs are `input_ids`. The model returns logits (B, classes).
     """
 
     _vocab: int | None = None
@@ -32,7 +33,8 @@ class TextClassification(Classification):
         ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
         if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 2:
             raise DataError(
-                f"the data give {describe(inputs)}, and text_classification needs {{input_ids: int64[samples, tokens]}}",
+                f"the data give {describe(inputs)}, and text_classification needs "
+                "{input_ids: int64[samples, tokens], …}",
                 where="data.name",
                 remedy="use the data text_classification, or a dataset of your own with such samples",
             )

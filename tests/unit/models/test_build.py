@@ -86,11 +86,6 @@ def test_unknown_name_names_the_nearest(name, suggestion):
     assert repr(name.removeprefix("torchvision/")) in caught.value.problem
 
 
-def test_hugging_face_is_said_to_come_later():
-    with pytest.raises(ModelError, match="Hugging Face are not available yet"):
-        models.build("hf/gpt2")
-
-
 @pytest.mark.parametrize(
     ("name", "args", "hint"),
     [

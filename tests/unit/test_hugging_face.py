@@ -1,0 +1,177 @@
+"""A folder that transformers wrote is loaded, trained, measured, asked, exported, and opened by transformers again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import bigtrain
+from bigtrain.checkpoint import open_checkpoint
+from bigtrain.cli import app
+from bigtrain.doors.exporting import export
+from bigtrain.errors import CheckpointError, DataError, ModelError, StateError
+from bigtrain.evaluating import find_checkpoint, opened
+from tests.helpers import hugging_face as made
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of a BERT and a Llama, and data for them."""
+    folder = tmp_path_factory.mktemp("hf")
+    made.bert(folder / "bert")
+    made.llama(folder / "llama")
+    made.reviews(folder / "reviews.csv")
+    made.chats(folder / "chats.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(place: Path) -> dict[str, Path]:
+    """A run of each, in this process."""
+    return {name: bigtrain.train(made.run_file(place, place / name)).path for name in ("bert", "llama")}
+
+
+def command(*words: str) -> str:
+    done = CliRunner().invoke(app, list(words), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_a_run_starts_from_the_weights_of_the_folder(place: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    tokens = torch.randint(4, 17, (3, 9))
+    for name, theirs in (("bert", AutoModelForSequenceClassification), ("llama", AutoModelForCausalLM)):
+        settings = made.run_file(
+            place, place / name, optim={"lr": 0.0}, run={"name": f"still-{name}", "dir": str(place)}
+        )
+        ours = bigtrain.train(settings, ["train.steps=1"]).model.eval()
+        with torch.no_grad():
+            found: Any = ours({"input_ids": tokens} if name == "bert" else tokens)
+            expected = theirs.from_pretrained(place / name).eval()(input_ids=tokens).logits
+        assert torch.equal(found, expected)
+        assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_what_is_exported_is_opened_again_with_equal_logits(
+    name: str, place: Path, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    command("ckpt", "export", str(runs[name]), str(tmp_path / "out"), "--to", "hf")
+    library = AutoModelForSequenceClassification if name == "bert" else AutoModelForCausalLM
+    theirs, before = (library.from_pretrained(path).eval() for path in (tmp_path / "out", place / name))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    inputs = tokenizer("the film was good" if name == "bert" else "a fox", return_tensors="pt")
+    inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    with opened(find_checkpoint(runs[name])) as trained, trained.evaluating():
+        ours = trained.model(inputs if name == "bert" else inputs["input_ids"])
+        assert torch.equal(theirs(**inputs).logits, ours)
+        assert not torch.allclose(before(**inputs).logits, ours, atol=1e-3)
+    if name == "bert":
+        assert theirs.config.id2label == {0: "mid", 1: "neg", 2: "pos"}
+    else:
+        assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
+        assert tokenizer.chat_template == made.CHAT_TEMPLATE
+
+
+def test_an_export_starts_another_run(place: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    with open_checkpoint(find_checkpoint(runs["llama"])) as reader:
+        export(reader, tmp_path / "again", "hf")
+    run = bigtrain.train(made.run_file(place, tmp_path / "again", train={"steps": 1}))
+    assert json.loads((run.path / "init_report.json").read_text())["coverage"] == 1
+
+
+def test_a_new_head_is_declared(place: Path) -> None:
+    made.bert(place / "body", kind="BertModel")  # as AutoModel saves it: names without `bert.`
+    settings = made.run_file(place, place / "body", train={"steps": 1})
+    with pytest.raises(ModelError, match="is of BertModel: its head is to be said"):
+        bigtrain.train(settings)
+    settings["model"]["args"] = {"head": "classification"}
+    with pytest.raises(ModelError, match="does not know how many classes"):
+        bigtrain.train(settings)
+    settings["model"] = {"name": f"hf/{place / 'body'}", "args": {"num_classes": 3}}
+    with pytest.raises(StateError, match=r"classifier\.weight is not in the file"):
+        bigtrain.train(settings)
+    settings["finetune"] = {"new": ["classifier.*"]}
+    report = json.loads((bigtrain.train(settings).path / "init_report.json").read_text())
+    assert report["new"] == ["classifier.weight", "classifier.bias"]
+    assert report["remapped"]["bert.pooler.dense.weight"] == "pooler.dense.weight"
+    assert report["ignored"] == []
+
+
+def test_another_number_of_classes_replaces_the_head(place: Path) -> None:
+    rows = [{"text": "the film", "label": word} for word in ("a", "b", "c", "d")] * 4
+    made.write_rows(place / "four.jsonl", rows)
+    settings = made.run_file(place, place / "bert", run={"name": "four", "dir": str(place / "runs")})
+    settings["data"]["args"]["path"] = str(place / "four.jsonl")
+    with pytest.raises(DataError, match="4 classes and the model 3 outputs: the head does not know d"):
+        bigtrain.train(settings)
+    settings["model"]["args"] = {"num_classes": 4}
+    run = bigtrain.train(settings)
+    assert json.loads((run.path / "init_report.json").read_text())["head"] == ["classifier", 3]
+
+
+def test_without_its_weights_it_begins_as_transformers_would(place: Path) -> None:
+    settings = made.run_file(place, place / "llama", optim={"lr": 0.0}, run={"name": "fresh", "dir": str(place)})
+    settings["model"]["args"] = {"pretrained": False}
+    run = bigtrain.train(settings, ["train.steps=1"])
+    assert not (run.path / "init_report.json").exists()
+    assert run.model.get_parameter("lm_head.weight").std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_evaluation_and_predictions(place: Path, runs: dict[str, Path]) -> None:
+    said = json.loads(command("eval", str(runs["bert"]), "--json"))
+    assert [each["name"] for each in said["classes"]] == ["mid", "neg", "pos"]
+    assert said["is_same_data"]
+    last = json.loads((runs["bert"] / "result.json").read_text())["metrics"]
+    assert said["metrics"]["accuracy"] == last["accuracy"]
+    other = made.reviews(place / "other.jsonl", 9)
+    said = json.loads(
+        command(
+            "eval",
+            str(runs["bert"]),
+            "--json",
+            "--data",
+            f"eval={{name: text_classification, args: {{path: {other}}}}}",
+        )
+    )
+    assert said["samples"] == 9
+    rows = json.loads(command("predict", str(runs["bert"]), "the film was good", "bad", "--json"))
+    from transformers import AutoTokenizer
+
+    with opened(find_checkpoint(runs["bert"])) as trained, trained.evaluating():
+        ids = torch.tensor([AutoTokenizer.from_pretrained(place / "bert")("bad")["input_ids"]])
+        shares = trained.model({"input_ids": ids}).softmax(1)[0]
+    assert rows[1]["class"] == ["mid", "neg", "pos"][int(shares.argmax())]
+    assert rows[1]["probability"] == pytest.approx(float(shares.max()), abs=1e-5)
+    assert command("predict", str(runs["bert"]), "bad", "--csv").splitlines()[0] == "input,class,probability,label"
+
+
+def test_a_model_of_conversations_answers(place: Path) -> None:
+    """What it was taught to the letter it says, and then ends."""
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
+    made.write_rows(place / "one.jsonl", [row] * 4)
+    settings = made.run_file(place, place / "llama", train={"steps": 40}, optim={"lr": 0.03})
+    settings |= {"run": {"name": "one", "dir": str(place / "runs")}}
+    settings["data"] |= {"args": {"path": str(place / "one.jsonl"), "context": 40}, "eval": "none"}
+    run = bigtrain.train(settings)
+    assert json.loads(command("predict", str(run.path), "hi", "--max-tokens=20", "--json")) == [
+        {"input": "hi", "answer": "yo", "tokens": 2}
+    ]
+
+
+def test_a_checkpoint_of_another_model_is_no_folder(tmp_path: Path) -> None:
+    settings = {
+        "run": {"name": "cnn", "dir": str(tmp_path)}, "task": "classification", "model": "simple_cnn",
+        "data": {"name": "synthetic", "args": {"kind": "classification", "samples": 8}, "eval": "none"},
+        "train": {"steps": 1}, "engine": {"device": "cpu"}, "track": {"progress": "none"},
+    }  # fmt: skip
+    with open_checkpoint(find_checkpoint(bigtrain.train(settings).path)) as reader, pytest.raises(CheckpointError):
+        export(reader, tmp_path / "out", "hf")
