@@ -1,10 +1,12 @@
 """What a run file may name: every model, data source, task and optimizer of our own, and where its factory lies.
 
 A name stands here once. `bigtrain.models`, `data`, `tasks` and `optim` import what is asked for; a run file is checked
-against these tables before anything is imported. This module imports nothing.
+against these tables before anything is imported. This module imports nothing of bigtrain.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 MODELS = {
     "bigmodel": "bigtrain.models.convnets:BigModel",
@@ -63,6 +65,17 @@ OPTIMIZERS = {
 TORCHVISION = "torchvision/"
 TIMM = "timm/"
 HUGGING_FACE = "hf/"
+
+
+def hugging_face_folder(model: str) -> str | None:
+    """The folder of a model `hf/<folder>`; None for any other."""
+    return model.removeprefix(HUGGING_FACE) if model.startswith(HUGGING_FACE) else None
+
+
+def weights_folder(model: str, args: Mapping[str, object]) -> str | None:
+    """The Hugging Face folder that a model's weights come from unless the run file says otherwise."""
+    return hugging_face_folder(model) if args.get("pretrained", True) else None
+
 
 HUGGING_FACE_MODEL = "bigtrain.models.hugging_face:build"
 """What builds the model of a folder, which is its first argument."""

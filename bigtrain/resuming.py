@@ -29,7 +29,7 @@ from bigtrain.errors import ConfigError, RunFolderError
 from bigtrain.finetune.freeze import phase_at
 from bigtrain.goals import Standing
 from bigtrain.prepare import seed_everything
-from bigtrain.pretrained import find_weights
+from bigtrain.pretrained import find_weights, named_weights
 from bigtrain.progress import Outcome
 from bigtrain.saving import Source
 from bigtrain.state import WEIGHT, Box, EngineState, Reader, TensorSpec
@@ -160,7 +160,7 @@ def resume(training: Training, folder: Path) -> Resumed | None:
 
 def weights_of(config: Config) -> Path | None:
     """Where the weights are now that the run began with; None where the run file does not say."""
-    return find_weights(config, may_download=False) if config.finetune.init_from else None
+    return find_weights(config, may_download=False) if named_weights(config) else None
 
 
 def _checked_base(kept: Mapping[str, Any], training: Training) -> Base | None:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from bigtrain import data as data_layer
 from bigtrain import engines, models, tasks
+from bigtrain.catalogue import hugging_face_folder
 from bigtrain.compiling import compile_parts, try_compiled
 from bigtrain.config import combinations
 from bigtrain.config.schema import Config
@@ -23,8 +24,8 @@ from bigtrain.engines import Choices, Engine
 from bigtrain.engines.averaging import Averaged
 from bigtrain.engines.base import Zero
 from bigtrain.errors import DataError, ModelError
-from bigtrain.fitting import try_first_batch
 from bigtrain.finetune.freeze import FreezePlan, begins_at, phase_at, plan_freezing
+from bigtrain.fitting import try_first_batch
 from bigtrain.goals import Goals
 from bigtrain.health.pulse import Pulse
 from bigtrain.loop import Loop, evaluate, moved
@@ -228,7 +229,7 @@ def build_data(config: Config, subject: Subject = Subject()) -> data_layer.DataS
     }
     share_or_named: Any = None if data.eval == "none" else getattr(data.eval, "split", data.eval)
     if subject.data is None:
-        folder = models.hugging_face_folder(config.model.name)
+        folder = hugging_face_folder(config.model.name)
         return data_layer.build(data.name, data.args, evaluation=share_or_named, tokenizer=folder, **options)
     if isinstance(subject.data, tuple):
         if len(subject.data) != 2:

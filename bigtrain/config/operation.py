@@ -154,7 +154,7 @@ class Checkpoint(Section):
     """Whether a start in a folder that holds a run goes on from its last good checkpoint."""
 
     weights: Literal["all", "trainable"] = "all"
-    """Which weights are saved; trainable leaves the frozen ones to finetune.init_from."""
+    """Which weights are saved; trainable leaves the frozen ones in the file they came from."""
 
     on_full: Literal["stop", "continue"] = "stop"
     """What to do where the disk is full: stop the run, or train on and save later."""

@@ -151,6 +151,15 @@ def conversations(
             where="data.args.tokenizer",
             remedy="take the folder of a model that was tuned for conversations; or put a chat_template.jinja into it",
         )
+    found = _read(encoder, path, context, messages, learn, too_long)
+    lengths = [len(conversation.ids) for conversation in found]
+    rows = packed(lengths, context + 1) if pack else [[number] for number in range(len(found))]
+    return Conversations(found, rows, context=context, packs=pack, pad=encoder.pad, fingerprint=encoder.fingerprint)
+
+
+def _read(
+    encoder: FolderTokenizer, path: str, context: int, messages: str, learn: str, too_long: str
+) -> list[Conversation]:
     found, shortened = [], 0
     for row in read_rows(Path(path).expanduser(), [messages], where="data.args.path"):
         said = _messages_of(row, messages)
@@ -178,9 +187,7 @@ def conversations(
     if shortened and os.environ.get("RANK", "0") == "0":
         what = "left out" if too_long == "skip" else "cut at their end"
         _log.warning("%d conversations are longer than data.args.context, %d: they were %s", shortened, context, what)
-    lengths = [len(conversation.ids) for conversation in found]
-    rows = packed(lengths, context + 1) if pack else [[number] for number in range(len(found))]
-    return Conversations(found, rows, context=context, packs=pack, pad=encoder.pad, fingerprint=encoder.fingerprint)
+    return found
 
 
 def _check_arguments(context: object, learn: object, pack: object, too_long: object) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 
 from bigtrain.data.paths import missing
-from bigtrain.data.tokenizers import FromFile
+from bigtrain.data.tokenizers import Bytes, FromFile, Tokenizer
 from bigtrain.errors import DataError, SetupError
 
 FILE = "tokenizer.json"
@@ -95,6 +95,21 @@ class FolderTokenizer(FromFile):
         """The ids of a text as it stands, without further tokens, and where each begins and ends in it."""
         encoded = self.library(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return list(encoded["input_ids"]), [tuple(place) for place in encoded["offset_mapping"]]
+
+
+def load_tokenizer(tokenizer: str, *, where: str) -> Tokenizer:
+    """A tokenizer by `bytes`, or the path of a file or of a Hugging Face folder.
+
+    Raises:
+        DataError: If there is no such tokenizer.
+        SetupError: Where it is a folder, and transformers is not installed.
+    """
+    if tokenizer == Bytes.name:
+        return Bytes()
+    path = Path(tokenizer).expanduser()
+    if path.is_dir():
+        return FolderTokenizer(path, where=where)
+    return FromFile(path, where=where)
 
 
 def tokenizer_of(folder: str | None) -> FolderTokenizer:

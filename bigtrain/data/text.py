@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.data.fingerprints import Digest
+from bigtrain.data.folder_tokenizers import load_tokenizer
 from bigtrain.data.text_files import find_documents
 from bigtrain.data.token_files import open_tokens
-from bigtrain.data.tokenizers import Tokenizer, load_tokenizer, token_type, tokenize
+from bigtrain.data.tokenizers import Tokenizer, token_type, tokenize
 from bigtrain.data.windows import Windows
 from bigtrain.errors import DataError
 

@@ -27,9 +27,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from bigtrain.data.fingerprints import Digest
+from bigtrain.data.folder_tokenizers import load_tokenizer
 from bigtrain.data.paths import missing
 from bigtrain.data.text_files import find_documents
-from bigtrain.data.tokenizers import Tokenizer, load_tokenizer, token_type, tokenize
+from bigtrain.data.tokenizers import Tokenizer, token_type, tokenize
 from bigtrain.errors import DataError
 
 FORMAT = "bigtrain-tokens-1"

@@ -155,23 +155,6 @@ def _opened(path: Path, mode: str, **options: Any) -> IO[Any]:
         ) from error
 
 
-def load_tokenizer(tokenizer: str, *, where: str) -> Tokenizer:
-    """A tokenizer by `bytes`, or the path of a file or of a Hugging Face folder.
-
-    Raises:
-        DataError: If there is no such tokenizer.
-        SetupError: Where it is a folder, and transformers is not installed.
-    """
-    if tokenizer == Bytes.name:
-        return Bytes()
-    path = Path(tokenizer).expanduser()
-    if path.is_dir():
-        from bigtrain.data.folder_tokenizers import FolderTokenizer
-
-        return FolderTokenizer(path, where=where)
-    return FromFile(path, where=where)
-
-
 def token_type(tokenizer: Tokenizer) -> np.dtype[Any]:
     """The smallest of uint16 and uint32 that holds every id."""
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")

@@ -7,7 +7,7 @@ checkpoints say what they leave out and which file has it, so that whoever reads
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +47,21 @@ class Base:
     Attributes:
         path: The checkpoint, file or folder that has it.
         tensors: Each parameter, by name.
+        as_gpt: Whether the sources are a Llama's tensors by the names of our gpt.
     """
 
     path: Path
     tensors: Mapping[str, Left]
+    as_gpt: bool = True
 
     def only(self, names: Collection[str]) -> Base | None:
         """This, of fewer parameters; None where none is left."""
         kept = {name: left for name, left in self.tensors.items() if name in names}
-        return Base(self.path, kept) if kept else None
+        return replace(self, tensors=kept) if kept else None
 
     def found(self, instead: Path | None) -> Base:
         """This where it is now: where it was, or else at another place, if one is known."""
-        return self if self.path.exists() or instead is None else Base(instead.absolute(), self.tensors)
+        return self if self.path.exists() or instead is None else replace(self, path=instead.absolute())
 
     def as_dict(self) -> dict[str, Any]:
         """As a checkpoint keeps it."""
@@ -67,7 +69,7 @@ class Base:
             name: [*left.source, list(left.spec.shape), DTYPES[left.spec.dtype], left.digest]
             for name, left in self.tensors.items()
         }
-        return {"path": str(self.path), "tensors": tensors}
+        return {"path": str(self.path), "tensors": tensors, "as_gpt": self.as_gpt}
 
     def check(self, found: Mapping[str, int]) -> None:
         """Compare digests with those of what was read.
@@ -102,7 +104,7 @@ def base_of(extra: Mapping[str, Any]) -> Base | None:
             name: Left((kind, theirs), TensorSpec(tuple(shape), TORCH_DTYPES[dtype]), int(value))
             for name, (kind, theirs, shape, dtype, value) in extra["base"]["tensors"].items()
         }
-        return Base(Path(extra["base"]["path"]), tensors)
+        return Base(Path(extra["base"]["path"]), tensors, bool(extra["base"].get("as_gpt", True)))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"what the checkpoint leaves out is not said as it should be: {error!r}") from error
 

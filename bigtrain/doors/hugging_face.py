@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from bigtrain.catalogue import DATA_OF_TEXT
+from bigtrain.catalogue import DATA_OF_TEXT, hugging_face_folder
 from bigtrain.config.loader import loads
 from bigtrain.config.schema import Config
 from bigtrain.doors import names
 from bigtrain.doors.streaming import Key, Watched, bytes_of, weights_in, write_safetensors
 from bigtrain.errors import CheckpointError
-from bigtrain.models import build, hugging_face_folder
+from bigtrain.models import build
 
 _LARGEST_SHARD = 5 * 10**9  # bytes of a file, the library's own default
 _OF_TOKENIZERS = (

@@ -30,7 +30,18 @@ _PLAIN = {
     "mlp_bias": False,
     "hidden_act": "silu",
     "pretraining_tp": 1,
+    "partial_rotary_factor": 1.0,
+    "sliding_window": None,
+    "logits_scaling": 1.0,
 }
+# What transformers takes where config.json does not say it, in its LlamaConfig: not what our gpt takes by itself.
+_UNSAID = {
+    "intermediate_size": 11008,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+_WRITTEN = ("attention_bias", "mlp_bias", "hidden_act", "pretraining_tp")
 # What must be said: without it nothing can be built.
 _SAID = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
@@ -58,7 +69,7 @@ def llama_config(args: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         **config,
-        **_PLAIN,
+        **{key: value for key, value in _PLAIN.items() if key in _WRITTEN},
         "head_dim": args["width"] // args["heads"],
         "rope_theta": theta,
         "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
@@ -75,14 +86,16 @@ def gpt_args(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         CheckpointError: Where it is a Llama that our gpt cannot be.
         CorruptError: Where its sizes are no numbers.
     """
-    config = {key: value for key, value in config.items() if value is not None}  # null: not said
+    config = _UNSAID | {key: value for key, value in config.items() if value is not None}  # null: not said
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0)) if isinstance(rope, Mapping) else rope
     _check_numbers({**{key: config[key] for key in _LLAMA if key in config}, "rope_theta": theta}, where)
     unlike = [f"{key}={config[key]!r}" for key, value in _PLAIN.items() if config.get(key, value) != value]
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind, part = rope.get("rope_type", rope.get("type", "default")), rope.get("partial_rotary_factor", 1.0)
     if kind != "default":
         unlike.append(f"rope_type={kind!r}")
+    if part != 1.0:
+        unlike.append(f"partial_rotary_factor={part!r}")
     heads = config.get("num_attention_heads", 1)
     if config.get("head_dim") not in (None, config.get("hidden_size", 0) // heads):
         unlike.append(f"head_dim={config['head_dim']!r}")

@@ -178,7 +178,7 @@ def open_whole(
 def _open_base(base: Base, path: Path) -> ForeignReader:
     remedy = "say where they are now (finetune.init_from; --base of `bigtrain ckpt export`)"
     try:
-        weights = open_weights(base.path)
+        weights = open_weights(base.path, as_gpt=base.as_gpt)
     except CheckpointError as error:
         raise CheckpointError(
             f"{path} leaves {len(base.tensors)} frozen weights in {base.path}, which cannot be opened: {error.problem}",

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
+from bigtrain.catalogue import hugging_face_folder
 from bigtrain.data import token_files, with_tokenizer
-from bigtrain.data.folder_tokenizers import FolderTokenizer, tokenizer_of
+from bigtrain.data.folder_tokenizers import FolderTokenizer, load_tokenizer, tokenizer_of
 from bigtrain.data.paths import missing
 from bigtrain.data.text_classification import together
-from bigtrain.data.tokenizers import Tokenizer, load_tokenizer
+from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.errors import CombinationError, DataError
 from bigtrain.evaluating.answers import Prediction
 from bigtrain.evaluating.trained import Trained
-from bigtrain.models import hugging_face_folder
 from bigtrain.tasks.tensors import at_least_fp32, outputs
 
 CLASSIFIED, CONVERSATIONS = "text_classification", "conversations"

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from bigtrain.catalogue import HUGGING_FACE, MODELS, TIMM, TORCHVISION
+from bigtrain.catalogue import HUGGING_FACE, MODELS, TIMM, TORCHVISION, weights_folder
 from bigtrain.errors import ModelError
 from bigtrain.named import call, load, suggest
 
@@ -74,16 +74,6 @@ def is_fillable(name: str, args: Mapping[str, Any] | None = None) -> bool:
     factory = load(_find(name), error=ModelError, where="model.name")
     made = factory if isinstance(factory, type) else typing.get_type_hints(factory).get("return")
     return hasattr(made, "init_tensor")
-
-
-def weights_folder(name: str, args: Mapping[str, Any]) -> str | None:
-    """The Hugging Face folder that a model's weights come from unless the run file says otherwise."""
-    return hugging_face_folder(name) if args.get("pretrained", True) else None
-
-
-def hugging_face_folder(name: str) -> str | None:
-    """The folder of a model `hf/<folder>`; None for any other."""
-    return name.removeprefix(HUGGING_FACE) if name.startswith(HUGGING_FACE) else None
 
 
 def _find(name: str) -> str:

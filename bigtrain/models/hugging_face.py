@@ -132,7 +132,7 @@ class _Loaded:
                     )
 
     def _any_mask(self, tokens: Tensor) -> Tensor:
-        """A mask of four dimensions, which is taken as it is: where shapes alone are computed none can be looked into."""
+        """A mask of four dimensions, which transformers takes as it is: into one on the meta device it cannot look."""
         size = tokens.shape[1]
         like: Tensor = next(self.parameters())  # type: ignore[attr-defined]
         return like.new_empty(len(tokens), 1, size, size)

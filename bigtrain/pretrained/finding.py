@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+from bigtrain.catalogue import weights_folder
 from bigtrain.config.schema import Config
 from bigtrain.errors import SetupError, UserError
-from bigtrain.models import weights_folder
 
 _TORCHVISION = "torchvision/"
 
 
-def weights_of(config: Config) -> str | None:
+def named_weights(config: Config) -> str | None:
     """What a run starts from: what the run file names, or the model's own Hugging Face folder; None for nothing."""
     return config.finetune.init_from or weights_folder(config.model.name, config.model.args)
 
@@ -29,7 +29,7 @@ def find_weights(config: Config, *, may_download: bool) -> Path:
         UserError: Where there are no such weights.
         SetupError: Where they are not in the cache and cannot be downloaded: it says which file to put where.
     """
-    name = weights_of(config)
+    name = named_weights(config)
     assert name is not None
     if not name.startswith(_TORCHVISION) or Path(name).exists():
         return Path(name).expanduser()

@@ -21,7 +21,7 @@ from bigtrain.doors.base import Base, Left, digests_of
 from bigtrain.doors.names import gpt_args, is_llama
 from bigtrain.errors import BigtrainError, CheckpointError, ReadError, StateError
 from bigtrain.models.gpt import GPT
-from bigtrain.pretrained.finding import find_weights, weights_of
+from bigtrain.pretrained.finding import find_weights, named_weights
 from bigtrain.pretrained.matching import Key, LoadReport, match
 from bigtrain.state import BUFFER, WEIGHT, Box, EngineState, TensorSpec
 from bigtrain.trainer import Training
@@ -41,7 +41,7 @@ def start_from(training: Training) -> LoadReport | None:
             no use then.
     """
     config = training.config
-    source = weights_of(config)
+    source = named_weights(config)
     if source is None:
         return None
     ranks = Ranks(training.world)
@@ -77,7 +77,8 @@ def _base(
     }
     digests = digests_of(training.engine.state().pieces, left, training.world)
     tensors = {name: Left(source, spec, digests[name]) for name, (source, spec) in left.items()}
-    return Base(reader.path.absolute(), tensors) if tensors else None
+    as_gpt = not training.config.model.name.startswith(HUGGING_FACE)
+    return Base(reader.path.absolute(), tensors, as_gpt) if tensors else None
 
 
 def _refuse_other_arithmetic(reader: ForeignReader, training: Training) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,29 @@ class TextClassification(Classification):
     """Batches are (inputs, labels): what the model takes by name, each (B, T) int64, and integers (B,).
 
     Among the inputs are `input_ids`. The model returns logits (B, classes).
+
+    Args:
+        num_classes: As for `Classification`, and so are the others.
+        label_smoothing: The share of each target that is spread evenly over all classes.
+        class_weights: A weight for each class.
+        ignore_index: A label whose samples count in no loss and no metric.
     """
 
-    _vocab: int | None = None
+    def __init__(
+        self,
+        *,
+        num_classes: int | None = None,
+        label_smoothing: float = 0.0,
+        class_weights: Sequence[float] | None = None,
+        ignore_index: int | None = None,
+    ) -> None:
+        super().__init__(
+            num_classes=num_classes,
+            label_smoothing=label_smoothing,
+            class_weights=class_weights,
+            ignore_index=ignore_index,
+        )
+        self._vocab: int | None = None  # of the model, known once `check` ran
 
     def check(self, model: nn.Module, batch: Batch) -> None:
         """Refuse data and models that do not fit, by one batch on the host.

@@ -14,8 +14,11 @@ from bigtrain.catalogue import DATA, MODELS, SYNTHETIC_KINDS, TASKS
 from bigtrain.named import load
 
 TEXT = (Path(__file__).parents[2] / "docs/run_file.md").read_text()
-ROWS = dict(re.findall(r"^\| `([^`]+)` \| (.*) \|$", TEXT, re.MULTILINE))
-OWN = MODELS | DATA | TASKS
+OWN = {"Models": MODELS, "Data": DATA, "Tasks": TASKS}
+ROWS = {
+    heading: dict(re.findall(r"^\| `([^`]+)` \| (.*) \|$", section, re.MULTILINE))
+    for heading, section in re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)
+}
 
 
 def shown(text: str) -> dict[str, Any]:
@@ -34,19 +37,22 @@ def taken(call: Any) -> dict[str, Any]:
     return {name: None if value is inspect.Parameter.empty else value for name, value in found.items()}
 
 
-@pytest.mark.parametrize("name", [name for name in OWN if name != "synthetic"])
-def test_arguments(name: str) -> None:
-    arguments = taken(load(OWN[name], error=AssertionError, where=name))
-    assert shown(ROWS[name].partition(". ")[0]) == arguments
+@pytest.mark.parametrize(
+    ("heading", "name"), [(heading, name) for heading in OWN for name in OWN[heading] if name != "synthetic"]
+)
+def test_arguments(heading: str, name: str) -> None:
+    arguments = taken(load(OWN[heading][name], error=AssertionError, where=name))
+    assert shown(ROWS[heading][name].partition(". ")[0]) == arguments
 
 
 @pytest.mark.parametrize("kind", sorted(SYNTHETIC_KINDS))
 def test_arguments_of_synthetic_data(kind: str) -> None:
-    (cell,) = re.findall(rf"`{kind}` \(([^)]*)\)", ROWS["synthetic"])
+    (cell,) = re.findall(rf"`{kind}` \(([^)]*)\)", ROWS["Data"]["synthetic"])
     factory = load(SYNTHETIC_KINDS[kind], error=AssertionError, where=kind)
     arguments = {name: list(v) if isinstance(v, tuple) else v for name, v in taken(factory).items()}
     assert shown(cell) == arguments
 
 
 def test_nothing_else_is_named() -> None:
-    assert {name for name in ROWS if "/" not in name and ":" not in name} == set(OWN)
+    for heading, table in OWN.items():
+        assert {name for name in ROWS[heading] if "/" not in name and ":" not in name} == set(table)

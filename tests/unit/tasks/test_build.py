@@ -37,7 +37,7 @@ def test_a_task_of_ones_own():
 @pytest.mark.parametrize(
     ("name", "args", "where", "said"),
     [
-        ("clasification", {}, "task.name", "did you mean classification?"),
+        ("clasification", {}, "task.name", "did you mean classification or text_classification?"),
         ("casual_lm", {}, "task.name", "did you mean causal_lm?"),
         ("zzz", {}, "task.name", "the tasks are: classification, causal_lm, regression"),
         ("classification", {"smoothing": 0.1}, "task.args", "did you mean label_smoothing?"),
