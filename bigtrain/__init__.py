@@ -21,10 +21,11 @@ _LAZY = {
     "StepInfo": "bigtrain.progress:StepInfo",
     "load_config": "bigtrain.config.loader:load",
     "load_run": "bigtrain.tracking.reading:load_run",
+    "load_trained": "bigtrain.evaluating:load_trained",
     "train": "bigtrain.running:train",
 }
 
-__all__ = ["Config", "Hook", "Run", "StepInfo", "__version__", "load_config", "load_run", "train"]
+__all__ = ["Config", "Hook", "Run", "StepInfo", "__version__", "load_config", "load_run", "load_trained", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,6 @@ It runs in one process and knows no optimizer.
 from bigtrain.evaluating.answers import Prediction
 from bigtrain.evaluating.measuring import Measured, evaluate
 from bigtrain.evaluating.predicting import predict
-from bigtrain.evaluating.trained import Trained, find_checkpoint, opened
+from bigtrain.evaluating.trained import Trained, find_checkpoint, load_trained, opened
 
-__all__ = ["Measured", "Prediction", "Trained", "evaluate", "find_checkpoint", "opened", "predict"]
+__all__ = ["Measured", "Prediction", "Trained", "evaluate", "find_checkpoint", "load_trained", "opened", "predict"]

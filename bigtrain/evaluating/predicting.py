@@ -47,7 +47,7 @@ def predict(trained: Trained, inputs: Sequence[str], generating: Generating = _T
         f"the task {trained.config.task.name} cannot predict from the command line",
         where="task.name",
         remedy="classification takes pictures or texts, causal_lm takes text; others are opened in Python:\n"
-        "with bigtrain.evaluating.opened(path) as trained: trained.model(…)",
+        "with bigtrain.load_trained(path) as trained: trained.model(…)",
     )
 
 
@@ -81,7 +81,7 @@ def _sample(data: Dataset, what: str) -> Tensor:
             f"{what} are no pictures (channels, height, width)",
             where="data.name",
             remedy="bigtrain predict classifies pictures; for others open the checkpoint in Python:\n"
-            "with bigtrain.evaluating.opened(path) as trained: trained.model(…)",
+            "with bigtrain.load_trained(path) as trained: trained.model(…)",
         )
     return image
 

@@ -120,6 +120,31 @@ def opened(path: Path, overrides: Sequence[str] = (), *, averaged: bool | None =
             yield Trained(model, task, config, path, reader.step, reader.extra, world, casting)
 
 
+def load_trained(
+    place: str | Path,
+    *,
+    folder: str | Path = "runs",
+    best: bool = False,
+    ema: bool | None = None,
+    overrides: Sequence[str] = (),
+) -> AbstractContextManager[Trained]:
+    """A trained model, to be used in a `with` statement: `with bigtrain.load_trained("runs/a") as trained: …`.
+
+    Its `model` is the plain module with the weights of the checkpoint; `evaluating()` is the mode to call it in.
+
+    Args:
+        place: A run's folder or name, whose newest checkpoint is taken, or a checkpoint.
+        folder: The folder of all runs, in which names are looked for.
+        best: Of a run, take the best checkpoint.
+        ema: Take the moving averages of weights, or do not; None takes what the run evaluated with.
+        overrides: `key=value`, over the run file that the checkpoint holds.
+
+    Raises:
+        BigtrainError: As `opened` does.
+    """
+    return opened(find_checkpoint(place, folder, best=best), overrides, averaged=ema)
+
+
 def check_model(trained: Trained, batch: Batch) -> None:
     """Let the task look at the model and at two samples, as before a training: losses go by what it finds."""
     check = getattr(trained.task, "check", None)

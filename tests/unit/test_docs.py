@@ -59,6 +59,12 @@ def test_objects_and_hooks(examples: Path) -> None:
     assert (examples / "runs/from-python/result.json").exists()
 
 
+def test_a_trained_model(examples: Path) -> None:
+    if not (examples / "runs/run").exists():
+        run(examples, "-m", "bigtrain", "train", "run.yaml")
+    assert re.match(r"foretold \d\.\d\d, measured 1\.51, after 240 steps", run(examples, "ask.py"))
+
+
 @pytest.mark.slow
 def test_own_model_data_and_task_in_two_processes(examples: Path) -> None:
     run(examples, "-m", "bigtrain", "launch", "run.yaml", "--nproc=2", "engine.name=fsdp", "run.name=two")
