@@ -10,7 +10,7 @@ train: install
 	"$(VENV)/bin/bigtrain" launch configs/quickstart.yaml run.name=quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: install-test
-	$(PYTHON) -m pytest
+	$(PYTHON) tests/side_by_side.py
 
 # Every combination of engine, processes, accumulation, precision and optimizer, where `test` takes every pair: hours.
 matrix: install-test

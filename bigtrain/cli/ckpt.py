@@ -43,7 +43,7 @@ def _checkpoint(path: Path, *, best: bool = False) -> Path:
         raise CheckpointError(
             f"there is no checkpoint at {path}: it {held}",
             where=str(path),
-            remedy="give a run's folder, or a checkpoint's (step-…); `bigtrain ckpt import` brings in what others wrote",
+            remedy="give a run's folder, or a checkpoint's (step-…); `bigtrain ckpt import` brings others' in",
         )
     return path
 

@@ -97,6 +97,11 @@ def _check_model(thing: _Thing) -> Iterator[Problem]:
         yield from _check_ours(thing, catalogue.MODELS, "a model", others)
 
 
+def _check_eval(thing: _Thing) -> Iterator[Problem]:
+    if thing.said != "none" or isinstance(thing.node.value, dict):
+        yield from _check_data(thing)
+
+
 def _check_data(thing: _Thing) -> Iterator[Problem]:
     name = thing.said
     if ":" in name:
@@ -235,6 +240,6 @@ _CHECKS = {
     "task": _check_task,
     "model": _check_model,
     "data": _check_data,
-    "data.eval": _check_data,
+    "data.eval": _check_eval,
     "optim": _check_optimizer,
 }

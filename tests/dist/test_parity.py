@@ -226,7 +226,7 @@ def test_says_so_when_rounding_alone_differs_too_soon() -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "options", "count"),
     [
-        ("quickstart", [], ["--precisions=fp32,bf16", "--no-compile"], 24),  # it has no blocks to compute again
+        ("quickstart", [], ["--engines=ddp,fsdp,deepspeed:3", "--precisions=fp32,bf16", "--no-compile"], 12),  # it has no blocks to compute again
         (
             "gpt",
             ["model.args.layers=2", "model.args.width=64", "data.args.context=32", "data.batch_size=4"],

@@ -131,7 +131,7 @@ def test_what_is_no_checkpoint_is_not_called_damaged(run, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     for command in ("show", "verify", "export"):
         arguments = [tmp_path / "out", "--to=torch"] if command == "export" else []
-        with pytest.raises(CheckpointError, match="there is no checkpoint at .* it holds none"):
+        with pytest.raises(CheckpointError, match=r"there is no checkpoint at .* it holds none"):
             call(command, tmp_path, *arguments)
     with pytest.raises(RunFolderError, match="is one checkpoint"):
         call("prune", find(run / "checkpoints")[0])

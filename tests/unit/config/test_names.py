@@ -167,6 +167,10 @@ def test_how_it_is_launched_is_no_matter_to_a_training_in_this_process(tmp_path:
     assert problems(tmp_path, "engine.name=single", "launch.nproc=2", launched=False) == "ok"
 
 
+def test_no_evaluation_is_no_data_source(tmp_path: Path) -> None:
+    assert problems(tmp_path, "data.eval=none") == problems(tmp_path, "data.eval=null") == "ok"
+
+
 MODULE = """\
 from dataclasses import dataclass
 from functools import cache
