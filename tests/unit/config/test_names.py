@@ -236,6 +236,11 @@ def test_names_that_are_made_while_importing_are_left_alone(tmp_path: Path, monk
         assert (told == "ok") == (number < 3), text
 
 
+@pytest.mark.parametrize("evaluation", ["none", "null", "{split: 0.2}", "{name: synthetic, args: {kind: regression}}"])
+def test_what_is_evaluated_on_may_be_a_word_or_nothing(tmp_path: Path, evaluation: str) -> None:
+    assert problems(tmp_path, f"data.eval={evaluation}") == "ok"
+
+
 def test_every_run_file_of_the_project_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[3])
     for path in Path("configs").glob("*.yaml"):
