@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from bigtrain.errors import PatternError
 
 
-def match_names(patterns: Sequence[str], names: Sequence[str], *, where: str) -> list[str]:
+def match_names(patterns: Sequence[str], names: Sequence[str], *, where: str, what: str = "parameter") -> list[str]:
     """The names that any of the patterns matches, in their own order.
 
     Args:
         patterns: As in a shell: `*` matches any characters, dots included.
         names: What they may match.
         where: The key of the run file, for the message.
+        what: What the names are of.
 
     Raises:
         PatternError: Where a pattern matches nothing; it lists names that look alike.
@@ -26,7 +27,7 @@ def match_names(patterns: Sequence[str], names: Sequence[str], *, where: str) ->
         if not hits:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names[:3])
             raise PatternError(
-                f"the pattern {pattern!r} matches no parameter",
+                f"the pattern {pattern!r} matches no {what}",
                 where=where,
                 remedy=f"names that look alike: {', '.join(near)}",
             )

@@ -21,7 +21,7 @@ from bigtrain.config.schema import Config
 from bigtrain.dist import World
 from bigtrain.errors import CheckpointError
 from bigtrain.finetune.proof import Phase, PhaseProof
-from bigtrain.pretrained import LoadReport, named_weights, start_from
+from bigtrain.pretrained import LoadReport, start_from
 from bigtrain.resuming import OtherPhaseError, Resumed, phase_of, resume
 from bigtrain.trainer import Subject, Training, assemble
 
@@ -92,7 +92,7 @@ class Phases:
                 raise
         if self.resumed:
             self.training.go_on_from(self.resumed.outcome)
-        elif named_weights(self._config):
+        elif self._config.begins_with:
             self._start()
 
     def _start(self) -> None:

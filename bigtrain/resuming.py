@@ -29,7 +29,7 @@ from bigtrain.errors import ConfigError, RunFolderError
 from bigtrain.finetune.freeze import phase_at
 from bigtrain.goals import Standing
 from bigtrain.prepare import seed_everything
-from bigtrain.pretrained import find_weights, named_weights
+from bigtrain.pretrained import find_weights
 from bigtrain.progress import Outcome
 from bigtrain.saving import Source
 from bigtrain.state import WEIGHT, Box, EngineState, Reader, TensorSpec
@@ -40,6 +40,7 @@ _FIXED = {
     "run.seed": "the order of the samples follows from it",
     "task": "it would be another training",
     "model": "it would be another model",
+    "finetune.adapter": "it would be another model",
     "optim.name": "its state is another optimizer's",
 }
 # What says where and how a run is kept, not what it computes: a change of it is not worth a word.
@@ -160,7 +161,7 @@ def resume(training: Training, folder: Path) -> Resumed | None:
 
 def weights_of(config: Config) -> Path | None:
     """Where the weights are now that the run began with; None where the run file does not say."""
-    return find_weights(config, may_download=False) if named_weights(config) else None
+    return find_weights(config, may_download=False) if config.begins_with else None
 
 
 def _checked_base(kept: Mapping[str, Any], training: Training) -> Base | None:
@@ -174,7 +175,7 @@ def _checked_base(kept: Mapping[str, Any], training: Training) -> Base | None:
         return None
     base = left_out.found(weights_of(training.config))
     base.check(digests_of(training.engine.state().pieces, base.tensors, training.world))
-    is_wanted = training.config.checkpoint.weights == "trainable"
+    is_wanted = training.config.leaves_frozen
     return base.only(training.freezing.frozen_in(training.phase)) if is_wanted else None
 
 

@@ -16,7 +16,7 @@ from bigtrain import engines, models, tasks
 from bigtrain.catalogue import hugging_face_folder
 from bigtrain.compiling import compile_parts, try_compiled
 from bigtrain.config import combinations
-from bigtrain.config.schema import Config
+from bigtrain.config.schema import Adapter, Config
 from bigtrain.data import EvalLoader, TrainLoader
 from bigtrain.dist import World
 from bigtrain.doors.base import Base
@@ -24,6 +24,7 @@ from bigtrain.engines import Choices, Engine
 from bigtrain.engines.averaging import Averaged
 from bigtrain.engines.base import Zero
 from bigtrain.errors import DataError, ModelError
+from bigtrain.finetune.adapters import build_model, with_adapter
 from bigtrain.finetune.freeze import FreezePlan, begins_at, phase_at, plan_freezing
 from bigtrain.fitting import try_first_batch
 from bigtrain.goals import Goals
@@ -255,10 +256,10 @@ def _prepare(
     config: Config, subject: Subject, world: World, phase: int, *, shards: bool
 ) -> tuple[Prepared, FreezePlan]:
     given = subject.model
-    if isinstance(given, nn.Module) and config.finetune.unfreeze:
+    if isinstance(given, nn.Module) and (config.finetune.unfreeze or config.finetune.adapter):
+        why = "built anew for each phase of finetune.unfreeze" if config.finetune.unfreeze else "changed by an adapter"
         raise ModelError(
-            f"model= is a {type(given).__name__}, and the model is built anew for each phase of finetune.unfreeze",
-            remedy="give a function that makes it",
+            f"model= is a {type(given).__name__}, and the model is {why}", remedy="give a function that makes it"
         )
     plans: list[FreezePlan] = []
 
@@ -269,7 +270,7 @@ def _prepare(
             refuse_local_batchnorm(model, world.size)
         plans[0].apply(model, phase)
 
-    make = partial(models.build, config.model.name, config.model.args) if given is None else partial(_given, given)
+    make = partial(build_model, config) if given is None else partial(_given, given, config.finetune.adapter)
     prepared = prepare(
         make,
         fillable=given is None and models.is_fillable(config.model.name, config.model.args),
@@ -289,7 +290,7 @@ def _recompute(config: Config) -> str | int:
     return wanted if isinstance(wanted, str) else wanted.every
 
 
-def _given(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+def _given(model: nn.Module | Callable[[], nn.Module], adapter: Adapter | None) -> nn.Module:
     made = model() if callable(model) and not isinstance(model, nn.Module) else model
     if not isinstance(made, nn.Module):
         raise ModelError(
@@ -301,7 +302,7 @@ def _given(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
             f"the {type(made).__name__} that was given has been cut up already, as by an earlier run under fsdp",
             remedy="give a function that makes the model: each run then begins with a new one",
         )
-    return made
+    return with_adapter(made, adapter)
 
 
 def _choices(config: Config, prepared: Prepared, compiled: Sequence[nn.Module]) -> Choices:

@@ -19,6 +19,7 @@ Path_ = Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint's fold
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Best = Annotated[bool, typer.Option("--best", help="Of a run, the best checkpoint (checkpoint.keep_best).")]
 Form = Literal["hf", "safetensors", "torch", "dcp", "deepspeed"]
+OutForm = Literal["hf", "safetensors", "torch", "dcp", "deepspeed", "peft"]
 
 _DAMAGED = 1
 _DIFFERENT = 1
@@ -208,14 +209,14 @@ def prune(
 def export_(
     path: Path_,
     out: Annotated[Path, typer.Argument(help="The file or folder to make.")],
-    to: Annotated[Form, typer.Option("--to", help="What to make of it.")],
+    to: Annotated[OutForm, typer.Option("--to", help="What to make of it.")],
     best: Best = False,
     ema: Annotated[bool, typer.Option("--ema", help="The moving averages (optim.ema) instead of the weights.")] = False,
     base: Annotated[
         Path | None, typer.Option(help="Where the frozen weights are that it leaves out, should they have moved.")
     ] = None,
 ) -> None:
-    """Write a checkpoint as a Hugging Face folder, a safetensors or .pt file, a DCP or a DeepSpeed folder."""
+    """Write a checkpoint as a Hugging Face folder, a safetensors or .pt file, a DCP, DeepSpeed or peft folder."""
     from bigtrain.doors import open_whole
     from bigtrain.doors.exporting import export
 

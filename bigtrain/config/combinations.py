@@ -145,8 +145,7 @@ def of_fsdp(*, cpu_offload: bool, shard_size: int | None, processes: int | None)
 
 def of_saving(config: Config) -> Iterator[Clash]:
     """What of the weights is saved, and where the rest is to come from."""
-    named = config.finetune.init_from or catalogue.weights_folder(config.model.name, config.model.args)
-    if config.checkpoint.weights == "trainable" and named is None:
+    if config.checkpoint.weights == "trainable" and config.begins_with is None:
         yield Clash(
             "checkpoint.weights=trainable leaves frozen weights in the file that the run began with, and it has none",
             "checkpoint.weights",

@@ -153,8 +153,8 @@ class Checkpoint(Section):
     resume: Literal["auto", "never"] = "auto"
     """Whether a start in a folder that holds a run goes on from its last good checkpoint."""
 
-    weights: Literal["all", "trainable"] = "all"
-    """Which weights are saved; trainable leaves the frozen ones in the file they came from."""
+    weights: Literal["auto", "all", "trainable"] = "auto"
+    """Which are saved; trainable leaves frozen ones in the file they came from; auto: so with an adapter, else all."""
 
     on_full: Literal["stop", "continue"] = "stop"
     """What to do where the disk is full: stop the run, or train on and save later."""

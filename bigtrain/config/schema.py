@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from bigtrain.catalogue import weights_folder
 from bigtrain.config.fields import Named, Section
 from bigtrain.config.operation import (
     Checkpoint,
@@ -29,6 +30,7 @@ from bigtrain.config.operation import (
     Wandb,
 )
 from bigtrain.config.training import (
+    Adapter,
     Data,
     Ema,
     EvalData,
@@ -45,6 +47,7 @@ from bigtrain.config.training import (
 )
 
 __all__ = [
+    "Adapter",
     "Checkpoint",
     "Compile",
     "Config",
@@ -132,3 +135,14 @@ class Config(Section):
 
     launch: Launch = Field(default_factory=Launch)
     """How `bigtrain launch` starts the processes."""
+
+    @property
+    def begins_with(self) -> str | None:
+        """The weights that the run begins with: those it names, or those of the model's own folder; None for none."""
+        return self.finetune.init_from or weights_folder(self.model.name, self.model.args)
+
+    @property
+    def leaves_frozen(self) -> bool:
+        """Whether checkpoints leave frozen weights in the file that they came from."""
+        by_itself = self.finetune.adapter is not None and self.begins_with is not None
+        return self.checkpoint.weights == "trainable" or (self.checkpoint.weights == "auto" and by_itself)

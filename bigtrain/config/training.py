@@ -324,6 +324,28 @@ class Unfreeze(Section):
         return self
 
 
+class Adapter(Section):
+    """Two small matrices beside each of some frozen ones: LoRA (Hu et al., arXiv:2106.09685)."""
+
+    name: Literal["lora"] = "lora"
+    """The kind of adapter; there is one."""
+
+    targets: Annotated[Patterns, Field(min_length=1)]
+    """Patterns of the layers that get one, linear or convolutions: *.q_proj, or a list of them."""
+
+    rank: PositiveInt = 8
+    """How many columns the first of the two matrices has, and rows the second."""
+
+    alpha: PositiveFloat = 16.0
+    """What both together add is scaled by alpha / rank."""
+
+    dropout: Factor = 0.0
+    """The share of an adapted layer's inputs that the adapter does not see while it trains."""
+
+    train: Patterns = ()
+    """Patterns of the model's own parameters that train as well, as those of a new head have to."""
+
+
 class Finetune(Section):
     """What the weights start from, and which of them train."""
 
@@ -353,6 +375,9 @@ class Finetune(Section):
 
     unfreeze: ListOf[Unfreeze] = ()
     """When frozen parameters begin to train: a list of {at_epoch or at_step, match, lr_scale}, in order of time."""
+
+    adapter: Adapter | None = None
+    """Small matrices that train instead of the model, which is frozen: {targets, rank, alpha, dropout, train}."""
 
     layer_decay: Share | None = None
     """A factor on the learning rate for each block further from the output; null: one rate for all."""

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.checkpoint import CheckpointReader
-from bigtrain.doors import hugging_face
+from bigtrain.doors import adapters, hugging_face
 from bigtrain.doors.kept import as_text
 from bigtrain.doors.streaming import Progress, Watched, write_safetensors
 from bigtrain.errors import CheckpointError, SaveError, SetupError
 from bigtrain.state import BUFFER, WEIGHT
 
-FORMS = ("hf", "safetensors", "torch", "dcp", "deepspeed")
+FORMS = ("hf", "safetensors", "torch", "dcp", "deepspeed", "peft")
+
+_MERGED = ("hf", "safetensors", "torch")  # an adapter is merged into the weights in these
 
 
 def export(
@@ -36,7 +38,9 @@ def export(
     Args:
         reader: The checkpoint.
         out: The file or folder to make; it must not be there.
-        form: hf, safetensors, torch, dcp or deepspeed; the last three hold the optimizer's state as well.
+        form: hf, safetensors, torch, dcp, deepspeed or peft. torch, dcp and deepspeed hold the optimizer's state as
+            well. An adapter is merged into the weights in the first three, and the optimizer's state then left out;
+            peft is the adapter alone.
         progress: Told how many bytes have been written since the last time.
         averaged: Write the moving averages of weights (optim.ema) in their place.
 
@@ -51,7 +55,8 @@ def export(
         reader.check_averages()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _export(Watched(reader, progress, averaged=averaged), out, form)
+        merges = form in _MERGED and adapters.adapter_of(reader.extra) is not None
+        _export((adapters.Merged if merges else Watched)(reader, progress, averaged=averaged), out, form)
     except OSError as error:
         raise SaveError(
             f"cannot write {out}: {error.strerror or error}",
@@ -111,4 +116,5 @@ _WRITERS: Mapping[str, Callable[[Watched, Path], None]] = {
     "torch": _write_torch,
     "dcp": _write_dcp,
     "deepspeed": _write_deepspeed,
+    "peft": adapters.write_peft,
 }

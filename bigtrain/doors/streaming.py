@@ -53,7 +53,9 @@ class Watched:
         self._reader, self._progress = reader, progress
         self._averaged = {name for kind, name in reader.index if kind == EMA} if averaged else set()
         self.index = {key: spec for key, spec in reader.index.items() if not (averaged and key[0] == EMA)}
-        self.path, self.hyper, self.extra, self.step = reader.path, reader.hyper, reader.extra, reader.step
+        self.path, self.hyper, self.step = reader.path, reader.hyper, reader.step
+        # What is written is whole, whatever the checkpoint leaves in another file.
+        self.extra = {name: value for name, value in reader.extra.items() if name != "base"}
 
     def read_into(self, kind: str, name: str, box: Box, out: Tensor) -> None:
         """Fill `out` with that part of the tensor."""

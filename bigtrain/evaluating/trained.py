@@ -26,6 +26,7 @@ from bigtrain.engines import slots
 from bigtrain.engines.base import persistent_buffers
 from bigtrain.engines.casting import Casting
 from bigtrain.errors import CheckpointError, CombinationError
+from bigtrain.finetune.adapters import build_model
 from bigtrain.prepare import COMPUTE_DTYPES, DTYPES, seed_everything
 from bigtrain.protocols import Batch, Task
 from bigtrain.resuming import weights_of
@@ -189,7 +190,7 @@ def _load(reader: CheckpointReader, config: Config, device: torch.device, averag
         averaged = config.optim.ema is not None and config.optim.ema.evaluate
     fillable = models.is_fillable(config.model.name, config.model.args)
     with torch.device("meta" if fillable else "cpu"):
-        model = models.build(config.model.name, config.model.args)
+        model = build_model(config)
     model.to(dtype=DTYPES[config.precision])
     if fillable:
         _give_memory(model, device)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from bigtrain import models
 from bigtrain.config.schema import Config
 from bigtrain.engines.fsdp import stays_whole
 from bigtrain.errors import ModelError
+from bigtrain.finetune.adapters import build_model
 from bigtrain.finetune.freeze import FreezePlan, plan_freezing
 from bigtrain.models.blocks import find_blocks, without_shared_parameters
 from bigtrain.optim import Group, OptimizerPlan
@@ -111,9 +111,9 @@ def build_on_meta(config: Config) -> tuple[nn.Module, FreezePlan]:
     """
     try:
         with torch.device("meta"):
-            model = models.build(config.model.name, config.model.args)
+            model = build_model(config)
     except ModelError:
-        model = models.build(config.model.name, config.model.args)
+        model = build_model(config)
     freezing = plan_freezing(model, config.finetune)
     freezing.apply(model, freezing.num_phases - 1)
     model.to(dtype=_KEPT_IN[config.precision])

@@ -125,7 +125,9 @@ def plan_freezing(model: nn.Module, config: schema.Finetune) -> FreezePlan:
     if config.layer_decay is not None:
         deepest = max(depths.values())
         scales = {name: config.layer_decay ** (deepest - depth) for name, depth in depths.items() if depth < deepest}
-    is_active = bool(config.freeze or config.freeze_depth or config.freeze_batchnorm or config.unfreeze)
+    is_active = bool(
+        config.freeze or config.freeze_depth or config.freeze_batchnorm or config.unfreeze or config.adapter
+    )
     return FreezePlan(frozenset(frozen), tuple(thaws), scales, config.freeze_batchnorm, is_active)
 
 

@@ -5,8 +5,8 @@ finding     the file or folder that `finetune.init_from` means
 loading     each rank reads what it holds, under every engine
 """
 
-from bigtrain.pretrained.finding import find_weights, named_weights
+from bigtrain.pretrained.finding import find_weights
 from bigtrain.pretrained.loading import start_from
 from bigtrain.pretrained.matching import LoadReport
 
-__all__ = ["LoadReport", "find_weights", "named_weights", "start_from"]
+__all__ = ["LoadReport", "find_weights", "start_from"]

@@ -6,16 +6,10 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
-from bigtrain.catalogue import weights_folder
 from bigtrain.config.schema import Config
 from bigtrain.errors import SetupError, UserError
 
 _TORCHVISION = "torchvision/"
-
-
-def named_weights(config: Config) -> str | None:
-    """What a run starts from: what the run file names, or the model's own Hugging Face folder; None for nothing."""
-    return config.finetune.init_from or weights_folder(config.model.name, config.model.args)
 
 
 def find_weights(config: Config, *, may_download: bool) -> Path:
@@ -29,7 +23,7 @@ def find_weights(config: Config, *, may_download: bool) -> Path:
         UserError: Where there are no such weights.
         SetupError: Where they are not in the cache and cannot be downloaded: it says which file to put where.
     """
-    name = named_weights(config)
+    name = config.begins_with
     assert name is not None
     if not name.startswith(_TORCHVISION) or Path(name).exists():
         return Path(name).expanduser()

@@ -20,9 +20,10 @@ from bigtrain.doors import ForeignReader, open_weights
 from bigtrain.doors.base import Base, Left, digests_of
 from bigtrain.doors.names import gpt_args, is_llama
 from bigtrain.errors import BigtrainError, CheckpointError, ReadError, StateError
+from bigtrain.finetune.adapters import is_adapter, plain_name
 from bigtrain.models.gpt import GPT
-from bigtrain.pretrained.finding import find_weights, named_weights
-from bigtrain.pretrained.matching import Key, LoadReport, match
+from bigtrain.pretrained.finding import find_weights
+from bigtrain.pretrained.matching import Key, LoadReport, match, shown
 from bigtrain.state import BUFFER, WEIGHT, Box, EngineState, TensorSpec
 from bigtrain.trainer import Training
 
@@ -41,7 +42,7 @@ def start_from(training: Training) -> LoadReport | None:
             no use then.
     """
     config = training.config
-    source = named_weights(config)
+    source = config.begins_with
     if source is None:
         return None
     ranks = Ranks(training.world)
@@ -53,16 +54,53 @@ def start_from(training: Training) -> LoadReport | None:
         _refuse_other_arithmetic(reader, training)
         state = training.engine.state()
         specs = _specs(training, state)
-        prefix = getattr(training.model, "base_model_prefix", "")  # transformers' rule for a model below a head
-        sources, report = match(specs, reader.index, config.finetune, source, prefix=prefix)
+        sources, report = _match(training, specs, reader, source)
         renamed = _Renamed(reader, sources, specs, state.hyper)
         training.engine.load(renamed)
         ranks.raise_first(renamed.failure)
-        if config.checkpoint.weights == "trainable":
+        if config.leaves_frozen:
             training.base = _base(training, reader, sources, specs)
     finally:
         reader.close()
     return report
+
+
+def _match(
+    training: Training, specs: Mapping[Key, TensorSpec], reader: ForeignReader, source: str
+) -> tuple[dict[Key, Key], LoadReport]:
+    """Match by the names that layers have without an adapter, which files are written with.
+
+    Raises:
+        PatternError: Where a pattern of the run file matches nothing.
+        StateError: Where the model needs what the file has not, or the file has an adapter and the model has none; or
+            where what begins with initial values would stay frozen beside an adapter.
+    """
+    config = training.config
+    theirs = {(kind, plain_name(name)): (kind, name) for kind, name in reader.index}
+    has_adapter = any(is_adapter(name) for _, name in theirs)
+    if has_adapter and config.finetune.adapter is None:
+        raise StateError(
+            f"{source} holds an adapter, and this run has none",
+            where="finetune.init_from",
+            remedy="merge it first: bigtrain ckpt export --to safetensors; or give the run the same finetune.adapter",
+        )
+    ours = {(kind, plain_name(name)): (kind, name) for kind, name in specs if has_adapter or not is_adapter(name)}
+    sources, report = match(
+        {plain: specs[key] for plain, key in ours.items()},
+        {plain: reader.index[key] for plain, key in theirs.items()},
+        config.finetune,
+        source,
+        prefix=getattr(training.model, "base_model_prefix", ""),  # transformers' rule for a model below a head
+    )
+    frozen = {plain_name(name) for name in training.freezing.frozen_in(training.phase)}
+    random = [name for name in report.new if name in frozen]
+    if random and config.finetune.adapter is not None:
+        raise StateError(
+            f"these begin with initial values and would never train: {shown(random)}",
+            where="finetune.adapter.train",
+            remedy="let them train beside the adapter: finetune.adapter.train",
+        )
+    return {ours[plain]: theirs[key] for plain, key in sources.items()}, report
 
 
 def _base(
