@@ -38,11 +38,10 @@ def llama(folder: Path, *, kind: str = "Llama", head: str = "ForCausalLM", **cha
     """A decoder of two layers; `kind` is transformers' word for a family of them."""
     import transformers
 
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=260, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=96, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
-        pad_token_id=None, **changes,
-    )  # fmt: skip
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    others = {"vocab_size": 260, "num_hidden_layers": 2, "max_position_embeddings": 96, "tie_word_embeddings": True}
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+    config = getattr(transformers, f"{kind}Config")(**(sizes | others | ends | changes))
     torch.manual_seed(8)
     _save(getattr(transformers, kind + head)(config), folder)
     _llama_tokenizer(folder)

@@ -12,13 +12,16 @@ from safetensors.torch import save_file
 
 import bigtrain
 from bigtrain.config.loader import load
+from bigtrain.evaluating import find_checkpoint, opened, predict
+from bigtrain.evaluating.texts import Generating
+from tests.helpers import hugging_face as made
 
 TEXT = (Path(__file__).parents[2] / "docs/finetuning.md").read_text()
 RECIPES = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
 
 
 def test_recipes_are_short_and_valid(tmp_path):
-    assert len(RECIPES) == 6  # the five, and what they start from
+    assert len(RECIPES) == 9  # the eight, and what the first starts from
     for number, recipe in enumerate(RECIPES):
         assert len(recipe.splitlines()) < 30
         (tmp_path / f"{number}.yaml").write_text(recipe)
@@ -26,12 +29,11 @@ def test_recipes_are_short_and_valid(tmp_path):
 
 
 def prepare(folder: Path) -> None:
-    """The files that recipes 4 and 5 start from."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    llama = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=32)
-    LlamaForCausalLM(llama).save_pretrained(folder / "llama")
+    """The files that recipes 4 to 8 start from."""
+    made.llama(folder / "llama", hidden_size=32, intermediate_size=64, num_key_value_heads=2, tie_word_embeddings=False)
+    made.bert(folder / "bert", kind="BertModel")
+    made.reviews(folder / "reviews.csv")
+    made.chats(folder / "chats.jsonl")
     (folder / "README.md").write_text("Nothing is lost: kill it, and it goes on. " * 40)
     conv = torch.nn.Conv2d(3, 32, 3)
     save_file({f"backbone.conv.{n}": t for n, t in conv.state_dict().items()}, folder / "weights.safetensors")
@@ -48,6 +50,9 @@ def test_recipes_run(tmp_path, monkeypatch):
         if number:
             report = json.loads((run.path / "init_report.json").read_text())
             assert report["loaded"] or report["remapped"]
-            assert all(name.startswith(("fc.", "head.")) for name in report["new"])
+            assert all(name.startswith(("fc.", "head.", "classifier.")) for name in report["new"])
+    with opened(find_checkpoint("runs/assistant")) as trained:
+        (answer,) = predict(trained, ["a fox"], Generating(max_tokens=3))
+        assert "answer" in answer.answer
     rows = [json.loads(line) for line in Path("runs/gradual/metrics.jsonl").read_text().splitlines()]
     assert {row["phase"] for row in rows if row.get("event") == "phase proved"} == {0, 1, 2}

@@ -142,7 +142,7 @@ def test_what_a_key_takes_reads_well():
     assert takes["optim.groups[].match"] == "text | list of at least 1 text"
     assert takes["profile.steps"] == "list of 2 int >= 0"
     assert takes["compile"] == "none | blocks | model | {scope, fullgraph}"
-    assert takes["checkpoint.weights"] == "all | trainable"
+    assert takes["checkpoint.weights"] == "auto | all | trainable"
     assert takes["data.eval"] == "none | {split} | name | {name, args}"
     assert takes["finetune.layer_decay"] == "number > 0, < 1 | null"
     assert kind_of(bool) == "true | false"
