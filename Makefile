@@ -29,7 +29,7 @@ check: install-test
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(PYTHON) -m pytest -m "not slow" tests/unit
+	$(PYTHON) -m pytest -n 2 -m "not slow" tests/unit
 
 format: install-test
 	$(PYTHON) -m ruff check --fix .

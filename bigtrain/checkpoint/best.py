@@ -40,7 +40,7 @@ def best_of(place: Path) -> Path:
         CheckpointError: Where none is known to be.
     """
     for folder in (place / "checkpoints", place):
-        found = find_best(folder) if folder.is_dir() else None
+        found = find_best(folder)
         if found:
             return found
     raise CheckpointError(
