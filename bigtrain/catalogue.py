@@ -43,9 +43,6 @@ DATA_OF_TEXT = ("conversations", "text", "text_classification")
 DATA_FOR_TRAINING_ONLY = ("digits",)
 """Sources that have no part for evaluation."""
 
-DATA_LATER = ("csv",)
-"""Sources that are not built yet."""
-
 TASKS = {
     "classification": "bigtrain.tasks.classification:Classification",
     "causal_lm": "bigtrain.tasks.causal_lm:CausalLM",

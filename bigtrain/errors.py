@@ -3,7 +3,6 @@
     BigtrainError                    something a person can act on; shown without a traceback
     ├── UserError                    found before anything started; exit code 2
     │   ├── ConfigError              the run file or the command line (may hold several problems)
-    │   │   └── NotAvailableError    a key whose meaning is not built yet
     │   ├── ModelError               a model cannot be found or built
     │   ├── DataError                data cannot be found, read, or does not fit the task
     │   ├── PatternError             a pattern that matches nothing, or a name matched twice
@@ -111,10 +110,6 @@ class ConfigError(UserError):
     def __init__(self, problems: Sequence[Problem] | str, *, remedy: str | None = None) -> None:
         self.problems = (Problem(problems),) if isinstance(problems, str) else tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems), remedy=remedy)
-
-
-class NotAvailableError(ConfigError):
-    """A key whose meaning is not built yet: refused, never ignored."""
 
 
 class ModelError(UserError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -29,12 +28,11 @@ def convert(
     """
     from bigtrain.config.loader import from_dict
     from bigtrain.convert import convert as read
-    from bigtrain.errors import NotAvailableError, UserError
+    from bigtrain.errors import UserError
     from bigtrain.runs import write_atomically
 
     found = read(file, kind=kind, processes=processes)
-    with suppress(NotAvailableError):
-        from_dict(found.whole())  # what comes out must be a run file
+    from_dict(found.whole())  # what comes out must be a run file
     if out is None:
         typer.echo(found.text(), nl=False)
         return

@@ -20,9 +20,9 @@ from bigtrain.config.files import read_file, with_base
 from bigtrain.config.layers import merge, read_overrides
 from bigtrain.config.names import check_names
 from bigtrain.config.nodes import Node, Problems, from_python, scalar_patterns
-from bigtrain.config.problems import NOT_YET, dotted, explain
+from bigtrain.config.problems import dotted, explain
 from bigtrain.config.schema import Config
-from bigtrain.errors import ConfigError, NotAvailableError, Problem
+from bigtrain.errors import ConfigError, Problem
 
 DEFAULT = "default"
 
@@ -65,7 +65,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Resolved:
         overrides: `a.b.c=VALUE`, the value in YAML; of a key that is given twice the later one holds.
 
     Raises:
-        ConfigError: With everything that is wrong; NotAvailableError where that is only keys not built yet.
+        ConfigError: With everything that is wrong.
     """
     path = Path(path)
     problems: Problems = []
@@ -152,8 +152,7 @@ def _error(problems: Problems) -> ConfigError:
         name, _, line = (problem.where or "").rpartition(":")
         return (not line.isdecimal(), name, int(line) if line.isdecimal() else 0)
 
-    only_early = all(problem.text.endswith(NOT_YET) for problem in problems)
-    return (NotAvailableError if only_early else ConfigError)(sorted(problems, key=place))
+    return ConfigError(sorted(problems, key=place))
 
 
 def _with_name(tree: Node, path: Path | None) -> Node:

@@ -114,8 +114,6 @@ def _check_data(thing: _Thing) -> Iterator[Problem]:
             yield thing.unknown("a dataset of torchvision", known, "a name in torchvision.datasets")
         elif known:
             yield from _check_arguments(thing, f"torchvision.datasets:{name.removeprefix(catalogue.TORCHVISION)}", None)
-    elif name in catalogue.DATA_LATER:
-        yield thing.problem(f"{name} is not available yet", (), "use pkg.mod:factory, with a factory of your own")
     else:
         yield from _check_ours(
             thing, catalogue.DATA, "a data source", "torchvision/<Dataset>, or pkg.mod:factory for your own", 1

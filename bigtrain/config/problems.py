@@ -14,8 +14,6 @@ from bigtrain.config.nearest import nearest_keys, nearest_words
 from bigtrain.config.nodes import Node
 from bigtrain.errors import Problem
 
-NOT_YET = "is not available yet"
-
 
 def explain(error: ValidationError, tree: Node) -> list[Problem]:
     """One problem for each place at which the values of the tree do not fit the schema."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from bigtrain.catalogue import DATA, DATA_LATER, DATA_OF_TEXT, TORCHVISION
+from bigtrain.catalogue import DATA, DATA_OF_TEXT, TORCHVISION
 from bigtrain.config.combinations import of_evaluation
 from bigtrain.data.fingerprints import Digest, fingerprint
 from bigtrain.data.loader import EvalLoader, StepBatch, TrainLoader
@@ -208,12 +208,6 @@ def _find(name: str, where: str) -> str:
     """Where the factory of a source lies, as `package.module:attribute`."""
     if ":" in name:
         return name
-    if name in DATA_LATER:
-        raise DataError(
-            f"the data {name!r} are not available yet",
-            where=f"{where}.name",
-            remedy="use package.module:factory, with a factory of your own that reads the file",
-        )
     if name not in DATA:
         remedy = (
             suggest(name, [*DATA, "torchvision/<Dataset>"], "sources") + "\ndata of your own are package.module:factory"

@@ -72,9 +72,9 @@ def _check_name(model: str) -> None:
     plain, _, tag = model.partition(".")
     if tag and plain in known:
         raise ModelError(
-            f"timm/{model}: {tag!r} names pretrained weights, which are not available yet",
+            f"timm/{model}: {tag!r} names pretrained weights, and what a model begins with is said elsewhere",
             where="model.name",
-            remedy=f"use timm/{plain}: it starts from random weights",
+            remedy=f"use timm/{plain}, and give the file of these weights as finetune.init_from",
         )
     near = nearest(model, known)  # of some 1,400 models not all can be named
     remedy = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() in Python lists them"
@@ -85,9 +85,9 @@ def _refuse_weights(args: dict[str, Any]) -> None:
     asked = next((arg for arg in args if arg.startswith(_WEIGHTS) and args[arg]), None)
     if asked:
         raise ModelError(
-            f"{asked}: weights are loaded by finetune.init_from, which is not available yet",
+            f"{asked}: a model is built without weights, and what it begins with is said elsewhere",
             where=f"model.args.{asked}",
-            remedy="leave it out: the model starts from random weights",
+            remedy="leave it out, and give the file of the weights as finetune.init_from",
         )
 
 

@@ -74,9 +74,9 @@ def _refuse_weights(args: dict[str, Any]) -> None:
     asked = [arg for arg in args if arg.startswith("weights") or arg == "pretrained"]
     if asked:
         raise ModelError(
-            f"{asked[0]}: pretrained weights are not available yet",
+            f"{asked[0]}: a model is built without weights, and what it begins with is said elsewhere",
             where=f"model.args.{asked[0]}",
-            remedy="leave it out: the model starts from random weights",
+            remedy="leave it out, and name them as finetune.init_from: torchvision/<Model>_Weights.<name>, or a file",
         )
 
 

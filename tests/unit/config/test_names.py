@@ -106,7 +106,7 @@ def test_blocks_are_known() -> None:
         (["task.args.label_smoothin=0.1"], "did you mean: label_smoothing"),
         (["data.name=digit", "data.args={}"], "data.name: digit is not a data source\n  did you mean: digits"),
         (["data.args.siez=3"], "did you mean: size"),
-        (["data.name=csv", "data.args={}"], "csv is not available yet"),
+        (["data.name=csv", "data.args={}"], "csv is not a data source"),
         (["data.name=torchvision/CIFAR11", "data.args={}"], "did you mean: torchvision/CIFAR10"),
         (["data.name=torchvision/CIFAR10"], "torchvision/CIFAR10 has no argument size"),
         (["data.eval={name: digist}"], "data.eval.name: digist is not a data source"),

@@ -76,7 +76,7 @@ def test_streams_are_refused_with_the_way_out(own_module, factory):
         ("digit", {}, "there are no data 'digit'"),
         ("digits", {"sizes": 8}, "no argument 'sizes'"),
         ("text", {"context": 3}, "needs source"),
-        ("csv", {}, "not available yet"),
+        ("csv", {}, "there are no data"),
     ],
 )
 @pytest.mark.usefixtures("own_module")

@@ -94,7 +94,7 @@ def test_unknown_name_names_the_nearest(name, suggestion):
         ("gpt", {"vocab": 3}, "gpt needs layers, width, heads, context"),
         ("torchvision/resnet18", {"num_clases": 3}, "did you mean num_classes?"),
         ("torchvision/mobilenet_v3_small", {"num_clases": 3}, "did you mean num_classes?"),
-        ("torchvision/resnet18", {"weights": "DEFAULT"}, "not available yet"),
+        ("torchvision/resnet18", {"weights": "DEFAULT"}, "finetune.init_from"),
         ("torchvision/resnet18", {"norm_layer": "group_nrom"}, "group_norm"),
         ("torchvision/resnet18", {"in_channels": 0}, "0 channels"),
         ("torchvision/vit_b_16", {"patch_size": 8}, "patch_size"),

@@ -62,9 +62,9 @@ def test_names_that_timm_does_not_have(name, problem, remedy):
         ("resnet18", {"num_clases": 3}, "did you mean num_classes"),
         ("resnet18", {"stem_widht": 3}, "did you mean stem_width"),
         ("hrnet_w18", {"in_chan": 3}, "did you mean in_chans?"),  # timm's own wording differs for this class
-        ("resnet18", {"pretrained": True}, "pretrained: weights are loaded by finetune.init_from"),
-        ("resnet18", {"pretrained_cfg": {"url": "x"}}, "leave it out: the model starts from random weights"),
-        ("resnet18", {"checkpoint_path": "x.pt"}, "checkpoint_path: weights are loaded"),
+        ("resnet18", {"pretrained": True}, "pretrained: a model is built without weights"),
+        ("resnet18", {"pretrained_cfg": {"url": "x"}}, "give the file of the weights as finetune.init_from"),
+        ("resnet18", {"checkpoint_path": "x.pt"}, "checkpoint_path: a model is built without weights"),
         ("resnet18", {"layers": 3}, "timm/resnet18 failed: TypeError"),
     ],
 )
