@@ -298,8 +298,11 @@ class Loop:
     def _raise_if(self, seen: Any) -> None:
         if seen is not None:
             with self._engine.microbatch(last=False):
-                error = explain(seen, self._world, self._engine.model, self._task)
+                error = explain(seen, self._world, self._engine.model, self._task, self._backward_alone)
             raise error
+
+    def _backward_alone(self, batch: Batch) -> None:
+        self._engine.backward(self._task.loss(self._engine.model, batch))
 
 
 def _numbers(result: StepResult) -> tuple[float, float]:

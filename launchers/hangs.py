@@ -60,11 +60,15 @@ def explain(hang: Hang, ranks: Ranks, attempt: Path, step: int | None) -> Cause:
     when = "the first step did not come" if hang.is_start else f"no progress after step {step}"
     lines = [f"error: {when}: nothing was heard of for {hang.waited_s:.0f} s"]
     for seen in sorted(hang.ranks, key=lambda seen: (seen.rank not in behind, seen.rank))[:8]:
-        word = "is behind" if seen.rank in behind else "waits for it" if places[seen.rank].is_waiting else "is"
+        waits = "waits for it" if behind else "waits"
+        word = "is behind" if seen.rank in behind else waits if places[seen.rank].is_waiting else "is"
         lines.append(f"  rank {seen.rank} {word}: {_state(seen, hang, stopped, places[seen.rank])}")
+    look = "see what that rank does there; if it is right to take so long"
+    if not behind:
+        look = "see whether all ranks make the same collectives in the same order; if it is right to take so long"
     lines += [
         f"  at: the stacks of all ranks are in {attempt / 'stacks'}",
-        f"  do: see what that rank does there; if it is right to take so long, set health.{_key(hang)} higher",
+        f"  do: {look}, set health.{_key(hang)} higher",
     ]
     first = min(behind, default=None)
     brief = f"rank {first} hung" if first is not None else "all ranks hung"

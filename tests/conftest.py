@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
+
+from tests.helpers.leaks import nothing_left
 
 # Read where torch is imported, here and in every process that a test starts. The models are tiny, and threads that wait
 # for each other on busy cores take many times as long as one.
@@ -26,6 +29,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"skipped outside tests/gpu: {len(_skipped)} {' '.join(_skipped)}".rstrip())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_left() -> Iterator[None]:
+    """No module of tests leaves a process, a port or a file in shared memory."""
+    with nothing_left():
+        yield
 
 
 @pytest.fixture(autouse=True)

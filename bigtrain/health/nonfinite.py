@@ -6,12 +6,13 @@ batch. Here it is read, one step later on a GPU, and told to the user.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from bigtrain.dist import World
 from bigtrain.errors import NonFiniteError
@@ -70,22 +71,63 @@ class NonFiniteWatch:
         return seen if self._policy == "stop" else None
 
 
-def explain(seen: _Seen, world: World, model: nn.Module, task: Task) -> NonFiniteError:
-    """Find out which rank and samples gave a loss that is not finite. Every rank must call it.
+def explain(
+    seen: _Seen, world: World, model: nn.Module, task: Task, backward: Callable[[Batch], None] | None = None
+) -> NonFiniteError:
+    """Find out which rank and samples gave a loss or a gradient that is not finite. Every rank must call it.
 
-    The forward passes of the step are run again without gradients; the weights are still those it was computed with,
-    except on a GPU, where the next step was taken before this one could be read.
+    The forward passes of the step are run again without gradients and, where all losses are finite, the backward
+    passes; the weights are still those it was computed with, except on a GPU, where the next step was taken before
+    this one could be read.
+
+    Args:
+        seen: The step.
+        world: The ranks.
+        model: What the engine's forward is called by.
+        task: Says what the loss is.
+        backward: Adds the gradient of a microbatch, and sends it to nobody where the engine can wait with that.
     """
-    mine = [list(b.indices[: b.num_valid]) for b in seen.microbatches if not _loss_is_finite(model, task, b)]
+    mine = [_samples(b) for b in seen.microbatches if not _loss_is_finite(model, task, b)]
     found = world.all_gather_object(mine)
     lines = [f"rank {rank}: samples {_shorten(samples)}" for rank, bad in enumerate(found) for samples in bad]
-    cause = "the loss is not finite" if lines else "the gradient is not finite, though the loss is"
+    cause = "the loss is not finite"
+    if not lines:
+        cause = "the gradient is not finite, though the loss is"
+        gradients = world.all_gather_object(_bad_gradients(model, seen.microbatches, backward) if backward else None)
+        lines = [f"rank {rank}: {bad}" for rank, bad in enumerate(gradients) if bad]
     return NonFiniteError(
         f"{cause} in step {seen.step + 1}, which changed no weights",
         where="; ".join(lines) or None,
         remedy="look at the samples named here, lower optim.lr or set optim.clip_grad_norm;\n"
         "health.on_nonfinite=skip leaves out such steps and goes on",
     )
+
+
+def _bad_gradients(model: nn.Module, batches: Sequence[Batch], backward: Callable[[Batch], None]) -> str | None:
+    """The parameters whose gradients are not finite in the first microbatch that has any, and its samples.
+
+    An engine that reduces gradients at once has the same ones on all ranks, of its own shards; DeepSpeed keeps them to
+    itself. Every rank runs all of its microbatches, as ranks may wait for one another in each.
+    """
+    named = {name.removeprefix("module."): parameter for name, parameter in model.named_parameters()}
+    for parameter in named.values():
+        parameter.grad = None
+    found = None
+    for batch in batches:
+        backward(batch)
+        bad = [name for name, p in named.items() if p.grad is not None and not _local(p.grad).isfinite().all()]
+        if bad and found is None:
+            more = f" … ({len(bad)} in all)" if len(bad) > 3 else ""
+            found = f"{', '.join(bad[:3])}{more}, samples {_shorten(_samples(batch))}"
+    return found
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _samples(batch: Batch) -> list[int]:
+    return list(batch.indices[: batch.num_valid])
 
 
 def _loss_is_finite(model: nn.Module, task: Task, batch: Batch) -> bool:

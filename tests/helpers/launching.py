@@ -45,6 +45,10 @@ class Planted(CausalLM):
         if self.calls == self.after and os.path.exists(os.path.join(self.folder, "..", "skips")):
             if open(os.path.join(self.folder, "..", "skips")).read() != str(RANK):
                 dist.all_reduce(torch.zeros(1), group=self.group)
+        if self.calls == self.after and os.path.exists(os.path.join(self.folder, "..", "other_order")):
+            calls = [lambda: dist.all_reduce(torch.zeros(1), group=self.group), lambda: dist.barrier(group=self.group)]
+            for call in calls if RANK else reversed(calls):
+                call()
         if self.calls == self.after and torch.is_grad_enabled():
             for name in os.listdir(self.folder):
                 path = os.path.join(self.folder, name)

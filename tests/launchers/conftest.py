@@ -7,7 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.helpers.leaks import nothing_left
 from tests.helpers.slurm import Cluster, missing_daemons
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_by_a_test() -> Iterator[None]:
+    """Where runs are killed, every test is looked at alone."""
+    with nothing_left():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 import math
 import os
 import signal
+import threading
+import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -272,6 +274,35 @@ def test_a_signal_stops_at_the_next_boundary_and_handlers_come_back(number):
     assert {n: signal.getsignal(n) for n in before} == before
 
 
+class Sending(Regression):
+    """Sends a signal to this process in the backward pass of the third step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        self.calls += 1
+        result = super().loss(model, batch)
+        if self.calls == 5:  # each step has two microbatches
+            result.total.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGTERM))
+        return result
+
+
+def test_a_signal_in_a_backward_pass_or_while_data_are_waited_for():
+    in_backward = make_loop(make_model(), task=Sending()).run()
+    assert (in_backward.steps, in_backward.stopped) == (3, True)
+
+    def slowly(step: int, batches: list[Batch]) -> None:
+        if step == 2:
+            timer = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            timer.start()
+            time.sleep(0.5)  # the wait is brought to its end, and the step as well
+
+    waiting = make_loop(make_model(), steps=endless(slowly)).run()
+    assert (waiting.steps, waiting.stopped) == (3, True)
+
+
 def test_a_second_signal_ends_the_run_at_once():
     before = signal.getsignal(signal.SIGINT)
     after_it: list[int] = []
@@ -327,8 +358,25 @@ def test_a_gradient_that_is_not_finite_is_told_apart():
     with pytest.raises(NonFiniteError) as caught:
         make_loop(model, task=Root()).run()
     assert "the gradient is not finite, though the loss is in step 1" in caught.value.problem
-    assert caught.value.where is None
+    assert caught.value.where.startswith("rank 0: ")
+    assert "weight" in caught.value.where
+    assert ", samples 0, 1, 2, 3, 4, 5" in caught.value.where
     assert_equal(weights(model), before)
+
+
+class RootOfTheSecond(Root):
+    """Its gradient is not finite for one sample alone."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        good = LossSum((model(batch.data[0]) ** 2).sum(), 1.0)
+        return super().loss(model, batch) if 206 in batch.indices else good
+
+
+def test_the_microbatch_and_the_parameters_of_a_bad_gradient_are_named():
+    with pytest.raises(NonFiniteError) as caught:
+        make_loop(make_model(), task=RootOfTheSecond()).run()
+    assert "in step 3" in caught.value.problem
+    assert caught.value.where.endswith(", samples 206, 207, 208, 209, 210")
 
 
 def test_a_step_that_is_skipped_leaves_no_trace_but_its_number():
