@@ -84,7 +84,7 @@ def submit_run(run: Prepared, say: Callable[[str], None]) -> str:
         run_file = submission.folder / "run.yaml"
         run_file.write_text(dump(run.config), encoding="utf-8")
         job = Job(str(run_file), str(attempt), run.plan.nproc, run.plan.nodes, run.profile.model_dump(), run.plan.debug)
-        number = submit(submission, job)
+        number = submit(submission, [job] * submission.allocations)
     except BaseException:
         runs.release(attempt)
         raise

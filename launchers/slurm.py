@@ -36,6 +36,8 @@ class Submission:
         profile: What is asked for.
         folder: Where the scheduler's and submitit's files go: attempts/<n>/submit in the run folder.
         code: The code that the job runs.
+        tasks: How many runs the job is an array of.
+        parallel: How many of its tasks may run at once.
     """
 
     name: str
@@ -43,6 +45,13 @@ class Submission:
     profile: Profile
     folder: Path
     code: Snapshot = field(default_factory=Snapshot)
+    tasks: int = 1
+    parallel: int = 1
+
+    @property
+    def allocations(self) -> int:
+        """How many the job asks for."""
+        return self.tasks * (self.profile.array or 1)
 
     def parameters(self) -> dict[str, Any]:
         """What submitit is told."""
@@ -65,7 +74,7 @@ class Submission:
             "use_srun": False,  # the job is the supervisor alone, and it starts the ranks
             "stderr_to_stdout": True,
             "wckey": "bigtrain",
-            "array_parallelism": 1,
+            "array_parallelism": self.parallel,
             **({"exclusive": True} if profile.exclusive else {}),
             **direct,
             "setup": self._setup(),
@@ -75,7 +84,7 @@ class Submission:
     def text(self) -> str:
         """The batch script, byte for byte as it is submitted."""
         slurm = _library()
-        count = self.profile.array if (self.profile.array or 1) > 1 else None
+        count = self.allocations if self.allocations > 1 else None
         command = f"{shlex.quote(interpreter())} -u -m submitit.core._submit {shlex.quote(str(self.folder))}"
         return str(slurm._make_sbatch_string(command=command, folder=self.folder, map_count=count, **self.parameters()))
 
@@ -87,7 +96,8 @@ class Submission:
         units, per_node = ("GPU", profile.gpus_per_node) if profile.gpus_per_node else ("core", self._cores())
         nodes = f"{plan.nodes} node{'s' if plan.nodes > 1 else ''}"
         many = f" × {profile.array} allocations, one after the other" if profile.array else ""
-        total = plan.nodes * per_node * minutes / 60 * (profile.array or 1)
+        many += f" × {self.tasks} runs, {self.parallel} at a time" if self.tasks > 1 else ""
+        total = plan.nodes * per_node * minutes / 60 * self.allocations
         most = f"{total:,.0f}" if total >= 10 else f"{total:.3g}"
         return (
             f"{nodes} × {per_node} {units}{'s' if per_node > 1 else ''}, {plan.num_processes} "
@@ -144,8 +154,8 @@ def check(submission: Submission) -> None:
         )
 
 
-def submit(submission: Submission, job: Job) -> str:
-    """Submit the job and note its number in the run folder.
+def submit(submission: Submission, jobs: Sequence[Job]) -> str:
+    """Submit one job, or an array of several, and note its number in the submission's folder.
 
     Raises:
         SetupError: Where the scheduler refuses it.
@@ -156,9 +166,8 @@ def submit(submission: Submission, job: Job) -> str:
 
     executor = submitit.SlurmExecutor(folder=submission.folder)
     executor.update_parameters(**submission.parameters())
-    count = submission.profile.array or 1
     try:
-        first = executor.submit_array([job] * count)[0] if count > 1 else executor.submit(job)
+        first = executor.submit_array(list(jobs))[0] if len(jobs) > 1 else executor.submit(jobs[0])
     except (FailedJobError, FailedSubmissionError) as error:
         raise SetupError(f"the cluster refuses the job: {error}", where="launch.profile") from error
     number = str(first.job_id).partition("_")[0]

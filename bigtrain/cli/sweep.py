@@ -46,30 +46,98 @@ def sweep(
         ),
     ],
     nproc: NumProcesses = None,
+    target: Annotated[
+        str | None, typer.Option("--target", help="local or slurm, instead of launch.target.", metavar="WHERE")
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", min=1, help="Nodes of each run, instead of launch.nodes.")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option("--profile", help="The cluster's profile, instead of launch.profile.", metavar="NAME")
+    ] = None,
+    parallel: Annotated[int, typer.Option("--parallel", min=1, help="Runs at once on a cluster.")] = 1,
     sort: Annotated[str | None, typer.Option("--sort", help="The metric that orders the table.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, or be submitted.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="On a cluster, return when it is submitted.")] = False,
 ) -> None:
-    """Train a run file with every combination of values, one run after another; what is finished is not run again."""
+    """Train a run file with every combination of values; what is finished is not run again.
+
+    On this machine one run after another, on a cluster as one array of jobs; their table comes at the end.
+    """
     from bigtrain.config.loader import check, load
 
-    keys, points = make_points(run_file, grid)
+    options = {"target": target, "nproc": nproc, "nodes": nodes, "profile": profile}
+    given = [f"launch.{name}={value}" for name, value in options.items() if value is not None]
+    keys, points = make_points(run_file, grid, given)
     for point in points:
         check(run_file, point.changes, launched=True)  # what is wrong with any of them is said before the first begins
+    config = load(run_file, points[0].changes).config
     typer.echo(f"{len(points)} runs over {', '.join(keys) or 'nothing'}")
-    if dry_run:
+    if config.launch.target == "slurm":
+        failed = _on_cluster(run_file, points, parallel, dry_run=dry_run, detach=detach)
+    elif dry_run:
+        failed = None
         for point in points:
             typer.echo(f"  {point.name}")
+    else:
+        failed = [point.name for point in points if not _run(run_file, point)]
+    if failed is None:
         return
-    failed = [point.name for point in points if not _run(run_file, point, nproc)]
-    folder = Path(load(run_file, points[0].changes).config.run.dir)
-    _print_table(keys, points, folder, sort)
+    _print_table(keys, points, Path(config.run.dir), sort)
     if failed:
         typer.echo(f"\nfailed: {', '.join(failed)}", err=True)
         raise typer.Exit(1)
 
 
-def make_points(run_file: Path, grid: Sequence[str]) -> tuple[list[str], list[Point]]:
+def _on_cluster(
+    run_file: Path, points: Sequence[Point], parallel: int, *, dry_run: bool, detach: bool
+) -> list[str] | None:
+    """Submit what is neither finished nor a job already, and wait for all; those that failed, or None."""
+    from bigtrain.config.loader import load
+    from launchers.allocate import Prepared, prepared
+    from launchers.sweep import is_queued, submission_of, submit_sweep, wait_for
+
+    configs = [load(run_file, point.changes).config for point in points]
+    paths = [Path(config.run.dir, config.run.name) for config in configs]
+    runs: list[Prepared] = []
+    for config, path in zip(configs, paths, strict=True):
+        if (path / "result.json").exists():
+            typer.echo(f"{path.name}: finished already")
+        elif not is_queued(path):
+            runs.append(prepared(config, run_file, debug=False))
+    name = _base(run_file, points[0])
+    if dry_run:
+        if runs:
+            submission = submission_of(runs, name, parallel)
+            typer.echo(submission.text(), nl=False)
+            typer.echo(submission.words(), err=True)
+        return None
+    if runs:
+        submit_sweep(runs, name, parallel, typer.echo)
+    if detach:
+        typer.echo("the same command without --detach waits for the runs, and prints their table")
+        return None
+    try:
+        return [path.name for path in wait_for(paths, typer.echo)]
+    except KeyboardInterrupt:
+        typer.echo("the runs go on; the same command waits for them again, and prints their table")
+        raise typer.Exit(130) from None
+
+
+def _base(run_file: Path, point: Point) -> str:
+    """The name that the runs of a sweep have in common."""
+    from bigtrain.config.loader import load
+
+    return load(run_file, point.changes[:-1]).config.run.name  # the last change is the run's own name
+
+
+def make_points(run_file: Path, grid: Sequence[str], given: Sequence[str] = ()) -> tuple[list[str], list[Point]]:
     """The keys that vary, and the runs: every combination, the last key varying fastest.
+
+    Args:
+        run_file: The run file.
+        grid: `key=value,value`.
+        given: `key=value`, for every run.
 
     Raises:
         UserError: Where something is no `key=value`, or a key is given twice.
@@ -93,7 +161,7 @@ def make_points(run_file: Path, grid: Sequence[str]) -> tuple[list[str], list[Po
         held = dict(zip(choices, combination, strict=True))
         at = tuple(held[key] for key in varied)
         name = _name(base, varied, at)
-        points.append(Point(name, (*changes, f"run.name={name}"), at))
+        points.append(Point(name, (*given, *changes, f"run.name={name}"), at))
     if len({point.name for point in points}) < len(points):
         points = [
             Point(f"{point.name}-{number}", (*point.changes[:-1], f"run.name={point.name}-{number}"), point.values)
@@ -125,7 +193,7 @@ def _name(base: str, keys: Sequence[str], values: Sequence[str]) -> str:
     return "-".join(re.sub(r"[^\w.+-]+", "_", part) for part in [base, *parts])[:_LONGEST_NAME]
 
 
-def _run(run_file: Path, point: Point, nproc: int | None) -> bool:
+def _run(run_file: Path, point: Point) -> bool:
     """Train one of them in processes of its own, as `bigtrain launch` does; whether it came to its end."""
     import subprocess
     import sys
@@ -137,8 +205,7 @@ def _run(run_file: Path, point: Point, nproc: int | None) -> bool:
         typer.echo(f"\n{point.name}: finished already")
         return True
     typer.echo(f"\n{point.name}")
-    processes = [] if nproc is None else [f"--nproc={nproc}"]
-    command = [sys.executable, "-m", "bigtrain", "launch", str(run_file), *point.changes, *processes]
+    command = [sys.executable, "-m", "bigtrain", "launch", str(run_file), *point.changes]
     try:
         code = subprocess.run(command, check=False).returncode
     except KeyboardInterrupt:

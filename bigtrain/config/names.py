@@ -79,8 +79,6 @@ def _named(key: str, node: Node | None) -> _Thing | None:
     name = node if isinstance(node.value, str) else node.child("name")
     if name is None or not isinstance(name.value, str) or not name.value.strip():
         return None
-    if key == "data.eval" and node.value == "none":
-        return None
     return _Thing(key, name, node.child("args") or Node({}, node.origin), node)
 
 

@@ -228,6 +228,49 @@ def test_by_hand_in_a_batch_script_and_in_an_array(cluster: Cluster, tmp_path: P
     assert numbers(tmp_path / "runs/hand") == numbers(tmp_path / "runs/array")
 
 
+def test_a_sweep_is_one_array_and_ends_with_its_table(cluster: Cluster, tmp_path: Path) -> None:
+    """What is finished is left out, and a task that is given back to the queue goes on by itself."""
+    path = run_file(tmp_path, "base", plant=True)
+    (tmp_path / "slowly").touch()
+    grid = ["sweep", str(path), "optim.lr=1e-3,3e-3,1e-2"]
+    where = ["--target=slurm", profile(tmp_path, exclusive=False), "--parallel=2"]
+    done = tmp_path / "runs/base-lr1e-3"
+    done.mkdir(parents=True)
+    (done / "result.json").write_text('{"steps": 40, "metrics": {}}')
+    (done / "metrics.jsonl").write_text('{"step": 40, "loss": 0.5, "epoch": 4}\n')
+    shown = bigtrain(tmp_path, *grid, *where, "--dry-run")
+    assert shown.returncode == 0, shown.stderr
+    assert "#SBATCH --array=0-1%2" in shown.stdout
+    assert "× 2 runs, 2 at a time" in shown.stderr
+    assert {entry.name for entry in (tmp_path / "runs").iterdir()} == {"base-lr1e-3"}
+
+    submitted = bigtrain(tmp_path, *grid, *where, "--detach")
+    assert submitted.returncode == 0, submitted.stderr
+    job = submitted.stdout.split("submitted as job ")[1].split(":")[0]
+    assert "base-lr1e-3: finished already" in submitted.stdout
+    first = tmp_path / "runs/base-lr3e-3"
+    until(lambda: last_step(first) > 6, 60, "the training")
+    os.kill(ranks_of(first / "attempts/0/submit/run.yaml")[0], signal.SIGUSR2)
+    until(lambda: attempts(first)[-1] == "again", 30, "the requeueing of one task")
+    (tmp_path / "slowly").unlink()
+    waited = bigtrain(tmp_path, *grid, *where)  # submits nothing again, waits for all, and prints their table
+    assert waited.returncode == 0, waited.stdout + waited.stderr
+    assert "submitted as" not in waited.stdout
+    table = waited.stdout[waited.stdout.rindex("train/loss") :].splitlines()[1:]
+    trained = ("base-lr3e-3", "base-lr1e-2")
+    by_loss = sorted(trained, key=lambda name: numbers(tmp_path / "runs" / name)[-1]["eval/loss"])
+    assert [line.split()[0] for line in table if line] == [*by_loss, "base-lr1e-3"]  # which has no evaluation
+    assert attempts(first) == ["again", "finished"]
+    assert attempts(tmp_path / "runs/base-lr1e-2") == ["finished"]
+    starts = [read_json(folder / "attempts/0/start.json") for folder in (first, tmp_path / "runs/base-lr1e-2")]
+    assert len({start["job"] for start in starts}) == 2
+    assert cluster.job(f"{job}_0")["Restarts"] == "1"
+
+    alone = bigtrain(tmp_path, "launch", str(path), "optim.lr=3e-3", "run.name=alone")
+    assert alone.returncode == 0, alone.stderr
+    assert numbers(first) == numbers(tmp_path / "runs/alone")
+
+
 def test_following_ends_with_the_run(cluster: Cluster, tmp_path: Path) -> None:
     process = begin(tmp_path, "launch", str(run_file(tmp_path)), "--target=slurm", profile(tmp_path), "--nodes=2")
     out, _ = process.communicate(timeout=60)
