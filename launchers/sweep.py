@@ -23,8 +23,8 @@ from launchers.queue import JOB_NOTE, check_no_job
 from launchers.slurm import Submission, check, submit
 from launchers.snapshot import snapshot
 
-FOLDER = "sweeps"
-"""Beside the runs: what arrays of jobs were submitted with, and what the scheduler printed."""
+FOLDER = ".sweeps"
+"""Beside the runs, none of which can be called so: what arrays of jobs are submitted with, and their output."""
 
 _LOOK_S, _LOOK_A_RUN_S = 1.0, 0.1
 

@@ -1,4 +1,8 @@
-"""A real training that is killed, stopped by a signal, and goes on under another engine is one run at W&B."""
+"""A real training that is killed, requeued, and goes on under another engine is one run at W&B.
+
+The requeue is what a scheduler sees of it: the signal before the time limit, and the exit code that asks for another
+start. A real one, three times, is in tests/launchers/test_slurm.py.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from bigtrain.beats import AGAIN
 from bigtrain.tracking import wandb_files
 from bigtrain.tracking.reading import load_run
 from tests.helpers.wandb_server import wait_until
@@ -53,18 +58,19 @@ def last_step(metrics: Path) -> int:
 
 
 @pytest.mark.slow
-def test_one_run_over_a_kill_a_stop_and_a_change_of_engine(tmp_path: Path) -> None:
+def test_one_run_over_a_kill_a_requeue_and_a_change_of_engine(tmp_path: Path) -> None:
     (tmp_path / "slow_model.py").write_text(MODEL)
     (tmp_path / "it.yaml").write_text(json.dumps(RUN))
     run = tmp_path / "runs" / "it"
     metrics = run / "metrics.jsonl"
-    for engine, until, number in (("single", 33, signal.SIGKILL), ("single", 70, signal.SIGTERM), ("fsdp", None, None)):
+    starts = (("single", 33, signal.SIGKILL, -9), ("single", 70, signal.SIGUSR2, AGAIN), ("fsdp", None, None, 0))
+    for engine, until, number, code in starts:
         with start(tmp_path, engine) as process:
             if until is not None:
                 wait_until(lambda until=until: last_step(metrics) >= until, 120)
                 process.send_signal(number)
             out, _ = process.communicate(timeout=120)
-            assert process.returncode == {33: -9, 70: process.returncode, None: 0}[until], out
+            assert process.returncode == code, out
     record = load_run(run)
     assert [event["step"] for event in record.events if event["event"] == "start"][:2] == [0, 20]
     assert len([event for event in record.events if event["event"] == "start"]) == 3
