@@ -20,6 +20,7 @@ from bigtrain.config import combinations
 from bigtrain.config.schema import Config
 from bigtrain.dist import World
 from bigtrain.errors import CheckpointError
+from bigtrain.features import Cached, use_features
 from bigtrain.finetune.proof import Phase, PhaseProof
 from bigtrain.pretrained import LoadReport, start_from
 from bigtrain.resuming import OtherPhaseError, Resumed, phase_of, resume
@@ -43,11 +44,13 @@ class Phases:
     """
 
     started: LoadReport | None = None
+    _cached: Cached | None = None
 
     def __init__(
         self, config: Config, world: World, subject: Subject, folder: Path, adapt: Callable[[nn.Module], object]
     ) -> None:
         combinations.refuse(combinations.of_saving(config))
+        combinations.refuse(combinations.of_features(config))
         self._config, self._world, self._subject, self._folder = config, world, subject, folder
         self._adapt: Callable[[nn.Module], object] | None = adapt
         self._is_closed = True
@@ -64,7 +67,8 @@ class Phases:
         unreached = self.training.unreached()
         never = [f"{unreached} of finetune.unfreeze never begin: the run ends before"] if unreached else []
         begun = self.started.lines() if self.started else []
-        return [*(self.resumed.words if self.resumed else begun), *never]
+        cached = self._cached.words if self._cached else []
+        return [*(self.resumed.words if self.resumed else begun), *cached, *never]
 
     def close(self) -> None:
         """Let go of the training."""
@@ -94,6 +98,11 @@ class Phases:
             self.training.go_on_from(self.resumed.outcome)
         elif self._config.begins_with:
             self._start()
+        try:
+            self._cached = use_features(self.training)
+        except BaseException:
+            self.close()
+            raise
 
     def _start(self) -> None:
         """Begin from pretrained weights: at the very beginning alone, so that a start again needs no other run file."""

@@ -191,6 +191,8 @@ def _tokens_per_sample(config: Config) -> int | None:
 def utilisation_of(training: Training, device_name: str) -> Utilisation | str:
     """How to compute a training's utilisation of its GPUs, or why it cannot be."""
     config = training.config
+    if training.when_closed:
+        return "the head trains alone, on features that were computed before"
     ours, theirs = config.data.args.get("context"), config.model.args.get("context")
     if None not in (ours, theirs) and ours != theirs:
         return f"the model says what {theirs} tokens cost (model.args.context), and samples have {ours}"

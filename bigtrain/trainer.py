@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -75,13 +75,19 @@ class Training:
     cadence: Cadence
     engine_label: str
     engine_reason: str
-    fingerprint: str  # of the data
+    sets: data_layer.DataSets
     sizes: list[tuple[int, bool]]  # for each parameter: its elements, and whether it is trained
     freezing: FreezePlan
     phase: int  # of the freeze plan: what this model and engine were built for
     class_names: list[str] | None = None  # of the labels, where the data tell
     average: Averaged | None = None  # the engine itself, where it keeps averages of the weights
+    when_closed: list[Callable[[], None]] = field(default_factory=list)  # what leaves the model as it was
     base: Base | None = None  # frozen weights that checkpoints leave where they came from
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the data."""
+        return self.sets.fingerprint
 
     @property
     def engine_choice(self) -> str:
@@ -139,6 +145,8 @@ class Training:
         self.train.close()
         if self.evaluation is not None:
             self.evaluation.close()
+        for undo in self.when_closed:
+            undo()
         self.engine.close()
 
 
@@ -180,7 +188,7 @@ def assemble(
     seed_everything(config.run.seed + world.rank)
     label = f"deepspeed stage {config.engine.deepspeed.stage}" if name == "deepspeed" else name
     parts = (task, prepared.model, average or engine, plan, schedule, train, evaluation, cadence)
-    facts = (label, why, sets.fingerprint, sizes, freezing, phase, class_names_of(sets), average)
+    facts = (label, why, sets, sizes, freezing, phase, class_names_of(sets), average)
     training = Training(config, world, *parts, *facts)
     if config.compile.scope != "none":
         batch = next(iter(evaluation)) if evaluation else next(train.steps()).microbatches[0]

@@ -87,6 +87,7 @@ def clashes(config: Config, *, launched: bool) -> Iterator[Clash]:
     if engine.name == "deepspeed":
         yield from _of_deepspeed(config)
     yield from _of_data(config)
+    yield from of_features(config)
     yield from _of_blocks(config)
     yield from of_saving(config)
 
@@ -252,6 +253,23 @@ def of_evaluation(name: str, args: Mapping[str, Any], eval_name: str, eval_args:
             "data.eval",
             "hold out a share of them: data.eval: {split: 0.2}",
         )
+
+
+def of_features(config: Config) -> Iterator[Clash]:
+    """Features that are computed once, and what would change them."""
+    finetune, key = config.finetune, "finetune.feature_cache"
+    if finetune.feature_cache is None:
+        return
+    if finetune.adapter:
+        yield Clash(f"{key} keeps what a frozen part computes, and adapters train inside of it", key, "take one out")
+    elif not (finetune.freeze or finetune.freeze_depth):
+        yield Clash(f"{key} keeps what a frozen part computes, and nothing is frozen", key, "set finetune.freeze")
+    if config.data.mix:
+        yield Clash(
+            f"{key} computes features once, and data.mix mixes samples anew each time", key, "take one of them out"
+        )
+    if config.compile.scope != "none":
+        yield Clash(f"{key} leaves the head alone, and there is nothing to compile", "compile", "set it to none")
 
 
 def _of_data(config: Config) -> Iterator[Clash]:

@@ -379,6 +379,9 @@ class Finetune(Section):
     adapter: Adapter | None = None
     """Small matrices that train instead of the model, which is frozen: {targets, rank, alpha, dropout, train}."""
 
+    feature_cache: Annotated[str, AfterValidator(_is_not_empty)] | None = None
+    """A folder for what the frozen part makes of every sample: computed once, the head trains on it; null: none."""
+
     layer_decay: Share | None = None
     """A factor on the learning rate for each block further from the output; null: one rate for all."""
 

@@ -51,6 +51,7 @@ FLOORS = {
     "bigtrain.doors": 6,
     "bigtrain.trainer": 7,
     "launchers": 7,
+    "bigtrain.features": 8,
     "bigtrain.doctor": 8,
     "bigtrain.explain": 8,
     "bigtrain.parity": 8,
