@@ -13,7 +13,7 @@ from bigtrain import catalogue, sources
 from bigtrain.config.keys import show
 from bigtrain.config.nearest import nearest_words
 from bigtrain.config.nodes import Node
-from bigtrain.config.training import Optim
+from bigtrain.config.optimizing import Optim
 from bigtrain.errors import Problem
 
 _OUR_TRANSFORM_ARGS = ("transform", "target_transform", "transforms", "loader")  # code, which no run file holds

@@ -29,18 +29,15 @@ from bigtrain.config.operation import (
     Track,
     Wandb,
 )
+from bigtrain.config.optimizing import Ema, Optim, OptimGroup, Schedule
 from bigtrain.config.training import (
     Adapter,
     Data,
-    Ema,
     EvalData,
     Finetune,
     HeldOut,
     Mix,
-    Optim,
-    OptimGroup,
     Run,
-    Schedule,
     Train,
     Transforms,
     Unfreeze,
