@@ -54,6 +54,7 @@ def test_what_does_not_fit_or_has_no_time_left_is_said(monkeypatch: pytest.Monke
     assert gpu.run_part(bench, "gpt_1b", end=0.0, scale=1.0) == {"left out": "0 s are left"}
 
 
+@pytest.mark.slow
 def test_a_gpu_is_needed() -> None:
     done = run()
     assert done.returncode == 2

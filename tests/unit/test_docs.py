@@ -45,6 +45,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_own_model_data_and_task(examples: Path) -> None:
     out = run(examples, "-m", "bigtrain", "train", "run.yaml")
     assert "run folder: runs/run" in out
@@ -52,6 +53,7 @@ def test_own_model_data_and_task(examples: Path) -> None:
     assert result["metrics"]["r2"] > 0.3
 
 
+@pytest.mark.slow
 def test_objects_and_hooks(examples: Path) -> None:
     out = run(examples, "train.py")
     assert "step 20: loss" in out
@@ -59,6 +61,7 @@ def test_objects_and_hooks(examples: Path) -> None:
     assert (examples / "runs/from-python/result.json").exists()
 
 
+@pytest.mark.slow
 def test_a_trained_model(examples: Path) -> None:
     if not (examples / "runs/run").exists():
         run(examples, "-m", "bigtrain", "train", "run.yaml")
@@ -72,6 +75,7 @@ def test_own_model_data_and_task_in_two_processes(examples: Path) -> None:
     assert (result["engine"], result["world_size"]) == ("fsdp", 2)
 
 
+@pytest.mark.slow
 def test_python_of_the_readme(tmp_path: Path) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (code,) = blocks("README.md", "python")
@@ -85,6 +89,7 @@ def test_run_file_of_the_readme(tmp_path: Path) -> None:
     assert load(tmp_path / "it.yaml").config.engine.name == "fsdp"
 
 
+@pytest.mark.slow
 def test_commands_of_the_readme_exist() -> None:
     for line in "\n".join(blocks("README.md", "")).splitlines():
         words = line.split("#")[0].split()
@@ -128,6 +133,7 @@ def test_run_files_run(tmp_path: Path, name: str, changes: list[str]) -> None:
     assert (tmp_path / name / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_file_whose_data_are_missing_says_which_files(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bigtrain", "train", str(ROOT / "configs/cifar10.yaml"), "data.args.root=nowhere"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)

@@ -52,6 +52,7 @@ def test_reading_a_run_as_the_page_shows_it(tmp_path: Path) -> None:
     assert "'event': 'start'" in python(tmp_path, reading)
 
 
+@pytest.mark.slow
 def test_the_tracker_of_the_page(tmp_path: Path) -> None:
     _, tracker = blocks("docs/tracking.md", "python")
     (tmp_path / "my_tracker.py").write_text(tracker)

@@ -198,6 +198,7 @@ def test_a_whole_model(monkeypatch, name, tied):
         assert (mine - theirs).norm() <= 1e-6 * theirs.norm()
 
 
+@pytest.mark.slow
 def test_compiled_in_one_graph(monkeypatch):
     in_chunks(monkeypatch, 7)
     model = models.build("gpt", GPT_ARGS)
@@ -245,6 +246,7 @@ def _fsdp(model: nn.Module) -> tuple[nn.Module, Any]:
     return model, lambda: [parameter.grad.full_tensor() for parameter in model.parameters()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_on_two_ranks_gradients_are_those_of_all_samples(tied):
     run_distributed(compare_on_ranks, 2, tied)

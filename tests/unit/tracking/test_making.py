@@ -70,6 +70,7 @@ def test_wandb_disabled_and_nothing_else_needs_no_process(tmp_path: Path) -> Non
     assert not (run.path / "attempts/0/logs/trackers.log").exists()
 
 
+@pytest.mark.slow
 def test_only_rank_0_has_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     file = tmp_path / "it.yaml"
