@@ -69,7 +69,9 @@ class Task(Protocol):
 
     A task may also have `check(model, batch) -> None`, called once before the first step with the first microbatch,
     still on the host, to refuse what does not fit with a clear error; and `check_data(dataset) -> None`, called with
-    each dataset afterwards, for what it says of all its samples (`num_classes`).
+    each dataset afterwards, for what it says of all its samples (`num_classes`). One that says
+    `wants_labels = True` has `see_labels(labels, class_names) -> None`, called first of all with the labels of all
+    samples to train on (the dataset's `labels`), in an evaluation by `bigtrain eval` too.
     """
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:

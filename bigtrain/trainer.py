@@ -18,6 +18,7 @@ from bigtrain.compiling import compile_parts, try_compiled
 from bigtrain.config import combinations
 from bigtrain.config.schema import Adapter, Config
 from bigtrain.data import EvalLoader, TrainLoader
+from bigtrain.data.labels import labels_of
 from bigtrain.dist import World
 from bigtrain.doors.base import Base
 from bigtrain.engines import Choices, Engine
@@ -170,6 +171,7 @@ def assemble(
     name, why = engines.choose(config.engine.name, world.size)
     task = build_task(config, subject)
     sets = build_data(config, subject)
+    show_labels(task, sets)
     train, evaluation = loaders(config, sets, world)
     is_cut_up = engines.shards(name, config.engine.deepspeed.stage)
     prepared, freezing = _prepare(config, subject, world, phase, shards=is_cut_up)
@@ -226,6 +228,12 @@ def build_task(config: Config, subject: Subject = Subject()) -> Task:
     if config.data.mix and not getattr(task, "takes_mixtures", False):
         combinations.refuse(combinations.of_mixtures(config.task.name))
     return task
+
+
+def show_labels(task: Task, sets: data_layer.DataSets) -> None:
+    """Show a task the labels of all samples to train on, where it wants to see them."""
+    if getattr(task, "wants_labels", False):
+        task.see_labels(labels_of(sets.train), class_names_of(sets))  # type: ignore[attr-defined]
 
 
 def build_data(config: Config, subject: Subject = Subject()) -> data_layer.DataSets:

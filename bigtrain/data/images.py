@@ -125,6 +125,7 @@ class LibraryImages:
         classes = getattr(library, "classes", None)
         self.class_names: list[str] | None = [str(name) for name in classes] if classes else None
         self.num_classes: int | None = len(classes) if classes else None
+        self.labels: Sequence[int] | None = getattr(library, "targets", None)
 
     def __len__(self) -> int:
         return len(self._library)

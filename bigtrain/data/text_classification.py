@@ -54,7 +54,7 @@ class LabelledTexts:
     ) -> None:
         self._ids, self._types, self._ends = ids, types, ends
         self._begins = np.concatenate((np.zeros(1, np.int64), ends[:-1]))
-        self._labels = labels
+        self._labels = self.labels = labels
         self._pad, self._fill_to, self._of_tokenizer = pad, fill_to, fingerprint
         self.class_names = class_names
         self.num_classes = len(class_names)

@@ -63,7 +63,7 @@ class Transformed:
         self.is_random = is_random(base) or any(name not in _NOT_RANDOM for name, _ in self._steps)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("collate", "fingerprint", "num_classes", "class_names"):
+        if name in ("collate", "fingerprint", "num_classes", "class_names", "labels"):
             return getattr(self.base, name)
         raise AttributeError(name)
 

@@ -16,7 +16,7 @@ from bigtrain.evaluating.trained import Trained, check_model, refuse_given
 from bigtrain.loop import evaluate as evaluate_batches
 from bigtrain.loop import moved
 from bigtrain.protocols import Batch, Dataset
-from bigtrain.trainer import build_data, class_names_of, loaders
+from bigtrain.trainer import build_data, class_names_of, loaders, show_labels
 
 _TRIED_SAMPLES = 2
 
@@ -85,6 +85,7 @@ def evaluate(trained: Trained) -> Measured:
             remedy="name some: --data 'eval={name: image_folder, args: {root: …}}', or hold out a share: "
             "--data 'eval={split: 0.1}'",
         )
+    show_labels(trained.task, sets)
     check_model(trained, _first(sets.eval))
     size = trained.kept.get("world_size", 1)
     parts = [loaders(config, sets, World(rank=rank, size=size)) for rank in range(size)]

@@ -39,7 +39,7 @@ from bigtrain.parity.reference import Trajectory, train_plainly, without_true_gr
 from bigtrain.parity.stillness import refuse_mixing_of_samples, refuse_randomness, switch_off_dropout
 from bigtrain.prepare import has_compiler
 from bigtrain.processes import preload_engines, run_ranks
-from bigtrain.trainer import Subject, build_data, build_task, prepare_whole
+from bigtrain.trainer import Subject, build_data, build_task, prepare_whole, show_labels
 
 # A shorter horizon says too little to call it proof.
 LEAST_HORIZON = 5
@@ -295,7 +295,9 @@ class _Plain:
 
 def _run_plainly(config: Config, subject: Subject, steps: int, folder: Path) -> _Plain:
     """Train plainly, and again with every global batch in two parts."""
-    task, dataset = build_task(config, subject), build_data(config, subject).train
+    task, sets = build_task(config, subject), build_data(config, subject)
+    show_labels(task, sets)
+    dataset = sets.train
     trajectories = []
     for splits in (1, 2):
         model = prepare_whole(config, subject)

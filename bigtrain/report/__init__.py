@@ -16,7 +16,7 @@ from bigtrain.report.facts import (
     tiles,
     warnings_of,
 )
-from bigtrain.report.results import confusion_matrix, samples
+from bigtrain.report.results import by_class, confusion_matrix, samples
 from bigtrain.report.words import escape
 from bigtrain.runs import write_atomically
 from bigtrain.tracking.reading import RunRecord, load_run
@@ -51,7 +51,8 @@ def report(run: RunRecord) -> str:
         _warnings(run, state),
         f"<section><h2>Curves{_key_of_marks(run)}</h2>",
         f'<div class="charts">{charts}</div></section>' if charts else "<p>nothing has been logged yet</p></section>",
-        _pair(_section("Confusion matrix", _card(matrix)), _section("Sample predictions", _card(kept))),
+        _pair(_section("Confusion matrix", _card(matrix)), _section("By class", _card(by_class(run)))),
+        _section("Sample predictions", _card(kept)),
         _pair(_section("Run file", _card(config_table(run))), _section("Code and machine", _card(machine_table(run)))),
         _section("What happened", _card(events_table(run))),
         f"<footer>made by bigtrain from <code>{escape(run.path)}</code></footer>",

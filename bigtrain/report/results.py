@@ -10,6 +10,7 @@ import numpy as np
 from bigtrain.report.words import count, escape
 from bigtrain.tracking.reading import RunRecord
 
+_MOST_CLASSES = 50
 _MOST_CELLS_SIDE = 30  # a larger matrix is a list of the pairs that are confused most
 
 
@@ -21,6 +22,33 @@ def confusion_matrix(run: RunRecord) -> str:
     matrix = np.asarray(held, np.int64)
     names = _names(run, len(matrix))
     return _grid(matrix, names) if len(matrix) <= _MOST_CELLS_SIDE else _pairs(matrix, names)
+
+
+def by_class(run: RunRecord) -> str:
+    """Precision, recall and F1 of every class, the one that is found least often first."""
+    held = (run.result.get("metrics") or {}).get("confusion_matrix")
+    if not isinstance(held, list) or not held or not isinstance(held[0], list):
+        return ""
+    matrix = np.asarray(held, np.int64)
+    names, right = _names(run, len(matrix)), matrix.diagonal()
+    support, taken = matrix.sum(1), matrix.sum(0)
+    order = sorted(range(len(matrix)), key=lambda label: (support[label] == 0, right[label] / max(support[label], 1)))
+    rows = "".join(
+        f"<tr><td>{escape(names[label])}</td>"
+        + "".join(
+            f'<td class="n">{"–" if not of else f"{part / of:.4f}"}</td>'
+            for part, of in (
+                (right[label], support[label]),
+                (right[label], taken[label]),
+                (2 * right[label], support[label] + taken[label]),
+            )
+        )
+        + f'<td class="n">{int(support[label]):,}</td></tr>'
+        for label in order[:_MOST_CLASSES]
+    )
+    more = f'<p class="note">and {len(matrix) - _MOST_CLASSES} more</p>' if len(matrix) > _MOST_CLASSES else ""
+    heads = "".join(f'<th class="n">{word}</th>' for word in ("recall", "precision", "F1", "samples"))
+    return f"<table><tr><th>class</th>{heads}</tr>{rows}</table>{more}"
 
 
 def _names(run: RunRecord, size: int) -> list[str]:

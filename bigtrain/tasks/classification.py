@@ -10,7 +10,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,7 +38,8 @@ class Classification:
         num_classes: How many classes there are; the model's outputs tell if it is left out.
         label_smoothing: The share of each target that is spread evenly over all classes.
         class_weights: A weight for each class. The loss is the weighted mean as in torch: the count of a
-            sample is the weight of its label.
+            sample is the weight of its label. `balanced` takes samples / (classes · samples of the class), by the
+            samples to train on.
         ignore_index: A label whose samples count in no loss and no metric.
 
     Raises:
@@ -50,13 +53,15 @@ class Classification:
         *,
         num_classes: int | None = None,
         label_smoothing: float = 0.0,
-        class_weights: Sequence[float] | None = None,
+        class_weights: Sequence[float] | str | None = None,
         ignore_index: int | None = None,
     ) -> None:
         _check_arguments(num_classes, label_smoothing, class_weights)
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
-        self.class_weights = None if class_weights is None else [float(weight) for weight in class_weights]
+        self._is_balanced = class_weights == "balanced"
+        given = None if class_weights is None or isinstance(class_weights, str) else class_weights
+        self.class_weights = None if given is None else [float(weight) for weight in given]
         self.ignore_index = ignore_index
         self._ignored = _NO_LABEL if ignore_index is None else ignore_index
         self._weights: Tensor | None = None  # class_weights where the logits are
@@ -148,6 +153,32 @@ class Classification:
             self._weights = torch.tensor(self.class_weights, device=logits.device, dtype=logits.dtype)
         return self._weights
 
+    @property
+    def wants_labels(self) -> bool:
+        """Whether the labels of the samples to train on are to be shown before the first loss."""
+        return self._is_balanced
+
+    def see_labels(self, labels: NDArray[np.int64], class_names: Sequence[str] | None) -> None:
+        """Balance the classes by the labels of the samples to train on.
+
+        Args:
+            labels: One for each sample.
+            class_names: Of the classes, where the data name them.
+
+        Raises:
+            DataError: Where a class has no sample.
+        """
+        size = self.num_classes or (len(class_names) if class_names else int(labels.max()) + 1)
+        counts = np.bincount(labels[(labels != self._ignored) & (labels >= 0)], minlength=size)
+        for number in np.flatnonzero(counts == 0).tolist():
+            raise DataError(
+                f"class {class_names[number] if class_names else number} has no samples to train on, and cannot be "
+                "balanced",
+                where="task.args.class_weights",
+                remedy="hold out a smaller share (data.eval), or give the weights themselves, one for each class",
+            )
+        self.class_weights = (counts.sum() / (len(counts) * counts)).tolist()
+
     def metrics(self) -> Metrics:
         """A fresh accumulator for one evaluation."""
         from bigtrain.tasks.scores import ClassificationMetrics  # torchmetrics takes long to import: not before a step
@@ -238,8 +269,10 @@ def _check_arguments(num_classes: object, label_smoothing: object, class_weights
     if not isinstance(label_smoothing, int | float) or not 0 <= label_smoothing <= 1:
         where = "task.args.label_smoothing"
         raise UserError(f"label_smoothing is {label_smoothing!r}", where=where, remedy="give a share, 0 to 1")
-    if class_weights is not None and not isinstance(class_weights, Sequence):
-        where, remedy = "task.args.class_weights", "give a list of numbers, one for each class"
+    if class_weights == "balanced":
+        return
+    if class_weights is not None and (isinstance(class_weights, str) or not isinstance(class_weights, Sequence)):
+        where, remedy = "task.args.class_weights", "give `balanced`, or a list of numbers, one for each class"
         raise UserError(f"class_weights is {class_weights!r}", where=where, remedy=remedy)
     for weight in class_weights or ():
         if not isinstance(weight, int | float) or not 0 <= weight < math.inf:

@@ -22,16 +22,18 @@ class TextClassification(Classification):
     Args:
         num_classes: As for `Classification`, and so are the others.
         label_smoothing: The share of each target that is spread evenly over all classes.
-        class_weights: A weight for each class.
+        class_weights: A weight for each class, or `balanced`.
         ignore_index: A label whose samples count in no loss and no metric.
     """
+
+    takes_mixtures = False
 
     def __init__(
         self,
         *,
         num_classes: int | None = None,
         label_smoothing: float = 0.0,
-        class_weights: Sequence[float] | None = None,
+        class_weights: Sequence[float] | str | None = None,
         ignore_index: int | None = None,
     ) -> None:
         super().__init__(
