@@ -19,6 +19,7 @@ import xxhash
 import yaml
 from torch import Tensor
 
+from bigtrain.catalogue import HUGGING_FACE
 from bigtrain.checkpoint import CheckpointReader, Ranks, load_newest, open_checkpoint
 from bigtrain.checkpoint.files import Files
 from bigtrain.config.loader import Change, diff, dump, loads
@@ -26,6 +27,7 @@ from bigtrain.config.schema import Config
 from bigtrain.doors import open_whole
 from bigtrain.doors.base import Base, base_of, digests_of, without
 from bigtrain.errors import ConfigError, RunFolderError
+from bigtrain.finetune.adapters import transposed_layers
 from bigtrain.finetune.freeze import phase_at
 from bigtrain.goals import Standing
 from bigtrain.prepare import seed_everything
@@ -98,6 +100,7 @@ def source_of(current: Callable[[], Training]) -> Source:
             "engine": training.engine_label,
             "world_size": world.size,
             "torch": str(torch.__version__),
+            **({"transposed": turned} if (turned := transposed_layers(training.model)) else {}),
             **({"base": training.base.as_dict()} if training.base else {}),
         }
 
@@ -223,7 +226,7 @@ def _refuse_changes(
         f"{change.key} was {change.before!r} and is {change.after!r}: {why}"
         for change in changes
         for key, why in _FIXED.items()
-        if change.key == key or change.key.startswith(key + ".")
+        if (change.key == key or change.key.startswith(key + ".")) and not _is_moved_folder(change)
     ]
     wrong += [
         f"precision was {change.before} and is {change.after}: the state is kept in another kind of numbers"
@@ -239,6 +242,12 @@ def _refuse_changes(
             where=str(folder),
             remedy="put back what has changed; or begin a new run under another run.name",
         )
+
+
+def _is_moved_folder(change: Change) -> bool:
+    """Whether the model is still that of a folder, which lies elsewhere now; the state tells whether it fits."""
+    names = (change.before, change.after)
+    return change.key == "model.name" and all(str(name).startswith(HUGGING_FACE) for name in names)
 
 
 def _lacking(changes: list[Change], training: Training, index: Collection[Key]) -> Iterator[str]:

@@ -222,7 +222,7 @@ def export_(
 
     target = _checkpoint(path, best=best)
     with open_whole(target, instead=base) as reader, _progress("exporting", _size(target)) as advance:
-        export(reader, out, to, advance, averaged=ema)
+        export(reader, out, to, advance, averaged=ema, base=base)
     typer.echo(f"{out}: step {reader.step} of {target}, as {to}" + (", averages of weights" if ema else ""))
 
 

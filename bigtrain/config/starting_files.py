@@ -102,6 +102,44 @@ KINDS: dict[str, Start] = {
             "eval": {"every_steps": 200, "max_batches": 20},
         },
     ),
+    "text-classification": Start(
+        "texts with labels, with an encoder of a Hugging Face folder",
+        {
+            "task": "text_classification",
+            "model": {"name": "hf/encoder", "args": {"num_classes": 2}},
+            "data": {
+                "name": "text_classification",
+                "args": {"path": "texts.csv", "text": "text", "label": "label", "max_tokens": 256},
+                "eval": {"split": 0.1},
+                "batch_size": 32,
+            },
+            "train": {"epochs": 3, "micro_batch_size": 16},
+            "optim": {"name": "adamw", "lr": 3e-5, "schedule": {"name": "linear", "warmup_steps": 100}},
+            "finetune": {"new": ["classifier.*"]},
+            **_OPERATION,
+        },
+        needs="model.name, hf/ and the folder; data.args.path, a .csv or .jsonl; finetune.new, what the folder lacks",
+    ),
+    "instructions": Start(
+        "answers to questions, with an adapter beside a language model of a Hugging Face folder",
+        {
+            "task": "causal_lm",
+            "model": {"name": "hf/decoder", "args": {}},
+            "data": {
+                "name": "conversations",
+                "args": {"path": "conversations.jsonl", "context": 1024, "too_long": "skip"},
+                "eval": {"split": 0.05},
+                "batch_size": 16,
+            },
+            "train": {"epochs": 2, "micro_batch_size": 1},
+            "optim": {"name": "adamw", "lr": 2e-4, "schedule": {"name": "cosine", "warmup_steps": 50}},
+            "finetune": {
+                "adapter": {"targets": ["*.q_proj", "*.k_proj", "*.v_proj", "*.o_proj"], "rank": 16, "alpha": 32.0}
+            },
+            **_OPERATION,
+        },
+        needs="model.name, hf/ and the folder, with a chat template; data.args.path, messages on each line of a .jsonl",
+    ),
     "regression": Start(
         "numbers from numbers, with a model of your own",
         {

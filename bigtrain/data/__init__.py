@@ -169,7 +169,10 @@ def combine(
         rest, held_out = split(seen_in_training, seen_in_evaluation, evaluation, split_seed)
         return DataSets(rest, held_out, str(Digest(fingerprint(train), f"{evaluation} {split_seed}")))
     if isinstance(evaluation, Named):
-        evaluation = create(evaluation.name, "eval", evaluation.args, where="data.eval")
+        args = evaluation.args
+        if evaluation.name == "text_classification" and hasattr(train, "class_names"):
+            args = {"labels": train.class_names, **args}  # of which its own file may lack some
+        evaluation = create(evaluation.name, "eval", args, where="data.eval")
     checked(evaluation, type(evaluation).__name__, where="data.eval")
     _check_same_classes(train, evaluation)
     seen_in_evaluation = _transformed(evaluation, eval_transforms, "data.transforms.eval")

@@ -117,7 +117,8 @@ def text_classification(
         tokenizer: A Hugging Face folder; null: that of the model `hf/<folder>`.
         text: The column of the text; or two, of a pair of texts.
         label: The column of the label.
-        labels: The labels in the order of the classes; null: those that come in the file, sorted.
+        labels: The labels in the order of the classes; null: those that come in the file, sorted, whole numbers by
+            their size.
         max_tokens: Longer texts are cut, and their number is said.
         padding: longest: a batch is as long as its longest text; full: every batch has `max_tokens`, which
             compiling asks for.
@@ -141,7 +142,7 @@ def text_classification(
     if not pieces:
         raise DataError(f"{path!r} has no rows", where="data.args.path", remedy="give a file with labelled texts")
     _tell_cut(cut, len(pieces), max_tokens)
-    names = [str(each) for each in labels] if labels is not None else sorted(set(said))
+    names = [str(each) for each in labels] if labels is not None else _sorted(set(said))
     _check_names(names, labels is not None)
     return LabelledTexts(
         np.concatenate([ids for ids, _ in pieces]),
@@ -202,6 +203,10 @@ def _num_cut(encoder: FolderTokenizer, texts: list[list[str]], found: Sequence[A
 def _tell_cut(cut: int, of: int, max_tokens: int) -> None:
     if cut and os.environ.get("RANK", "0") == "0":
         _log.warning("%d of %d texts are longer than data.args.max_tokens, %d: they were cut", cut, of, max_tokens)
+
+
+def _sorted(words: set[str]) -> list[str]:
+    return sorted(words, key=int) if all(word.isdecimal() for word in words) else sorted(words)
 
 
 def _check_names(names: list[str], are_given: bool) -> None:

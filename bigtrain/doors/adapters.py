@@ -48,7 +48,8 @@ class Merged(Watched):
         super().read_into(*key, box, out)
         if is_adapted(key[1]) and self._adapter is not None:
             first, second = (self._matrix(name) for name in pair_of(key[1]))
-            out.copy_(merged(out, first, second, self._adapter))
+            transposed = layer_of(key[1]) in self.extra.get("transposed", ())
+            out.copy_(merged(out, first, second, self._adapter, transposed=transposed))
 
     def _matrix(self, name: str) -> Tensor:
         spec = self._held[WEIGHT, name]

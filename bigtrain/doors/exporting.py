@@ -32,6 +32,7 @@ def export(
     progress: Progress = lambda count: None,
     *,
     averaged: bool = False,
+    base: Path | None = None,
 ) -> None:
     """Write a checkpoint in another form.
 
@@ -43,6 +44,7 @@ def export(
             peft is the adapter alone.
         progress: Told how many bytes have been written since the last time.
         averaged: Write the moving averages of weights (optim.ema) in their place.
+        base: Where the folder of a model hf/<folder> lies now, should it have moved.
 
     Raises:
         CheckpointError: Where something is there, this checkpoint cannot be given that form, or has no averages.
@@ -56,7 +58,10 @@ def export(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         merges = form in _MERGED and adapters.adapter_of(reader.extra) is not None
-        _export((adapters.Merged if merges else Watched)(reader, progress, averaged=averaged), out, form)
+        watched = (adapters.Merged if merges else Watched)(reader, progress, averaged=averaged)
+        if base is not None:
+            watched.extra = hugging_face.moved(watched.extra, base)
+        _export(watched, out, form)
     except OSError as error:
         raise SaveError(
             f"cannot write {out}: {error.strerror or error}",

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from bigtrain.catalogue import DATA_OF_TEXT, hugging_face_folder
-from bigtrain.config.loader import loads
+from bigtrain.catalogue import DATA_OF_TEXT, HUGGING_FACE, hugging_face_folder
+from bigtrain.config.loader import dump, loads
 from bigtrain.config.schema import Config
 from bigtrain.doors import names
 from bigtrain.doors.streaming import Key, Watched, bytes_of, weights_in, write_safetensors
@@ -50,6 +50,15 @@ def write(reader: Watched, path: Path) -> None:
     (path / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     _copy_tokenizer(config, folder, path)
     _write_weights(reader, path, str if folder else names.to_llama)
+
+
+def moved(extra: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What a checkpoint keeps beside the state, of a model hf/<folder> whose folder lies elsewhere now."""
+    config = loads(extra["config"]) if "config" in extra else None
+    if config is None or hugging_face_folder(config.model.name) is None or not folder.is_dir():
+        return dict(extra)
+    model = config.model.model_copy(update={"name": f"{HUGGING_FACE}{folder}"})
+    return {**extra, "config": dump(config.model_copy(update={"model": model}))}
 
 
 def _of_gpt(model: Any, config: Config, reader: Watched) -> dict[str, Any]:

@@ -176,7 +176,8 @@ def open_whole(
 
 
 def _open_base(base: Base, path: Path) -> ForeignReader:
-    remedy = "say where they are now (finetune.init_from; --base of `bigtrain ckpt export`)"
+    remedy = "say where they are now: finetune.init_from, or model.name of a model hf/<folder>;\n--base of "
+    remedy += "`bigtrain ckpt export`"
     try:
         weights = open_weights(base.path, as_gpt=base.as_gpt)
     except CheckpointError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,7 +53,9 @@ def with_adapter(model: nn.Module, config: schema.Adapter | None) -> nn.Module:
     trained = set(match_names(config.train, own, where=f"{_WHERE}.train"))
     inputs = {name: _num_inputs(model.get_submodule(name)) for name in targets}
     peft = _peft()
-    with torch.random.fork_rng(devices=[]):  # the rest of the model has the initial values that it has without
+    # The rest of the model has the initial values that it has without.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # peft finds out, and tells
         peft.inject_adapter_in_model(lora_config(config, targets), model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter(name) or plain_name(name) in trained)
@@ -100,18 +103,23 @@ def layer_of(name: str) -> str:
     return re.sub(r"\.(base_layer|lora_[AB]\.default)\.weight$", "", name)
 
 
-def merged(weight: Tensor, first: Tensor, second: Tensor, config: schema.Adapter) -> Tensor:
+def transposed_layers(model: nn.Module) -> list[str]:
+    """The adapted layers, by plain name, whose weights are (inputs, outputs): transformers' Conv1D."""
+    return [name for name, layer in model.named_modules() if getattr(layer, "fan_in_fan_out", None) is True]
+
+
+def merged(weight: Tensor, first: Tensor, second: Tensor, config: schema.Adapter, *, transposed: bool) -> Tensor:
     """The weight that computes what a frozen one and its adapter do together, in the weight's own dtype.
 
     Args:
-        weight: The frozen one: (outputs, inputs) of a linear layer, (inputs, outputs) of transformers' Conv1D,
-            (outputs, inputs, …) of a convolution.
+        weight: The frozen one: (outputs, inputs) of a linear layer, (outputs, inputs, …) of a convolution.
         first: (rank, inputs), of a convolution (rank, inputs, …).
         second: (outputs, rank), of a convolution (outputs, rank, 1, …).
         config: The run file's section.
+        transposed: Whether the weight is (inputs, outputs).
     """
     product = second.flatten(1).double() @ first.flatten(1).double()  # (outputs, inputs · kernel)
-    if weight.ndim == 2 and product.shape != weight.shape:
+    if transposed:
         product = product.T
     added = product.reshape(weight.shape) * (config.alpha / config.rank)
     return (weight.double() + added).to(weight.dtype)

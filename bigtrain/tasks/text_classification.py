@@ -43,6 +43,7 @@ class TextClassification(Classification):
             ignore_index=ignore_index,
         )
         self._vocab: int | None = None  # of the model, known once `check` ran
+        self._names: list[str] = []  # of its outputs
 
     def check(self, model: nn.Module, batch: Batch) -> None:
         """Refuse data and models that do not fit, by one batch on the host.
@@ -61,13 +62,22 @@ class TextClassification(Classification):
                 remedy="use the data text_classification, or a dataset of your own with such samples",
             )
         self._vocab = getattr(getattr(model, "config", None), "vocab_size", None)
+        self._names = [str(name) for name in getattr(getattr(model, "config", None), "id2label", {}).values()]
         super().check(model, batch)
 
     def check_data(self, dataset: Dataset) -> None:
-        """Refuse data of more classes than the model has outputs, and of tokens that it does not know.
+        """Refuse data of more classes than the model has outputs, or in another order, and of tokens unknown to it.
 
         Raises:
-            DataError: Naming what the model does not know.
+            DataError: Naming what does not fit.
         """
         super().check_data(dataset)
+        names = [str(name) for name in getattr(dataset, "class_names", None) or ()]
+        if names != self._names and sorted(names) == sorted(self._names):
+            raise DataError(
+                f"the data have the classes {', '.join(names)} in this order, and the model's own head has "
+                f"{', '.join(self._names)}",
+                where="data.args.labels",
+                remedy=f"set data.args.labels to [{', '.join(self._names)}]",
+            )
         check_tokens(dataset, self._vocab)

@@ -167,6 +167,50 @@ def test_a_model_of_conversations_answers(place: Path) -> None:
     ]
 
 
+def test_evaluation_knows_the_classes_of_training(place: Path) -> None:
+    few = made.write_rows(place / "few.csv", [{"text": "so good", "label": "pos"}])
+    settings = made.run_file(place, place / "bert", run={"name": "few", "dir": str(place / "runs")})
+    settings["data"]["eval"] = {"name": "text_classification", "args": {"path": str(few)}}
+    run = bigtrain.train(settings)
+    assert list(run.evaluation["confusion_matrix"].shape) == [3, 3]
+    made.write_rows(few, [{"text": "so good", "label": "great"}])
+    settings["run"]["name"] = "fewer"
+    with pytest.raises(DataError, match="'great' is none of the 3") as caught:
+        bigtrain.train(settings)
+    assert caught.value.where == f"{few}:2"
+
+
+def test_classes_in_another_order_than_the_heads(place: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    command("ckpt", "export", str(runs["bert"]), str(tmp_path / "named"), "--to", "hf")
+    settings = made.run_file(place, tmp_path / "named", run={"name": "order", "dir": str(tmp_path)})
+    settings["data"]["args"]["labels"] = ["pos", "neg", "mid"]
+    with pytest.raises(DataError, match="the model's own head has mid, neg, pos"):
+        bigtrain.train(settings)
+
+
+def test_a_freeze_plan_leaves_frozen_weights_in_the_folder(place: Path) -> None:
+    settings = made.run_file(place, place / "llama", run={"name": "top", "dir": str(place / "runs")})
+    settings["finetune"] = {"freeze_depth": 1, "layer_decay": 0.5}
+    settings["checkpoint"] = {"weights": "trainable", "every_steps": 2}
+    run = bigtrain.train(settings)
+    with open_checkpoint(find_checkpoint(run.path)) as reader:
+        left = set(reader.extra["base"]["tensors"])
+    assert "model.layers.0.mlp.up_proj.weight" in left
+    assert "model.layers.1.mlp.up_proj.weight" not in left
+    with opened(find_checkpoint(run.path)) as trained:
+        ours, expected = trained.model.state_dict(), run.model.state_dict()
+        assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+
+
+def test_an_export_says_what_its_numbers_are(place: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    settings = made.run_file(place, place / "llama", run={"name": "fp64", "dir": str(place / "runs")})
+    run = bigtrain.train({**settings, "precision": "fp64", "train": {"steps": 1}})
+    command("ckpt", "export", str(run.path), str(tmp_path / "out"), "--to", "hf")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float64
+
+
 def test_a_checkpoint_of_another_model_is_no_folder(tmp_path: Path) -> None:
     settings = {
         "run": {"name": "cnn", "dir": str(tmp_path)}, "task": "classification", "model": "simple_cnn",

@@ -18,6 +18,7 @@ from bigtrain.config.loader import from_dict, load
 from bigtrain.config.starting_files import KINDS, starting_file
 from bigtrain.convert import convert
 from bigtrain.errors import UserError
+from tests.helpers import hugging_face as made
 
 ROOT = Path(__file__).parents[3]
 
@@ -67,6 +68,11 @@ def test_every_run_file_to_start_from_trains(tmp_path: Path, kind: str) -> None:
         (tmp_path / "images" / str(number)).mkdir(parents=True)
         for sample in range(3):
             Image.new("RGB", (50, 40), (20 * number, 90 * sample, 7)).save(tmp_path / f"images/{number}/{sample}.png")
+    made.bert(tmp_path / "encoder", kind="BertModel")
+    rows = [{"text": f"so {word}", "label": word} for word in ("good", "bad")] * 10
+    made.write_rows(tmp_path / "texts.csv", rows)
+    made.llama(tmp_path / "decoder", max_position_embeddings=1024)
+    made.chats(tmp_path / "conversations.jsonl", 60)
     changes = ["train.epochs=null", "train.steps=2", "data.batch_size=8", "eval.max_batches=1", "data.workers=0"]
     schedule = [] if kind == "regression" else ["optim.schedule.warmup_steps=1"]
     bigtrain(tmp_path, "train", "run.yaml", *changes, *schedule, "engine.device=cpu")

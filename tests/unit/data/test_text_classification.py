@@ -74,6 +74,13 @@ def test_classes_in_the_order_that_was_given(folder: Path, tmp_path: Path) -> No
     assert dataset.num_classes == 4
 
 
+def test_whole_numbers_are_classes_by_their_size(folder: Path, tmp_path: Path) -> None:
+    rows = [{"text": "so", "label": number} for number in (10, 9, 2)]
+    dataset = load(folder, made.write_rows(tmp_path / "it.csv", rows))
+    assert dataset.class_names == ["2", "9", "10"]
+    assert [int(dataset[n][1]) for n in range(3)] == [2, 1, 0]
+
+
 def test_workers_read_the_same(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     dataset = load(folder, made.reviews(tmp_path / "it.csv", 10))
     seen = []

@@ -319,6 +319,10 @@ def test_a_dtype_that_no_checkpoint_holds_is_refused(tmp_path):
         ({"hidden_size": "16"}, "hidden_size='16'"),
         ({"rope_parameters": [1]}, "rope_theta="),
         ({"rope_parameters": None, "rope_theta": "x"}, "rope_theta='x'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"sliding_window": 64}, "sliding_window=64"),
+        ({"quantization_config": {"bits": 4}}, "are quantised, which is not read"),
     ],
 )
 def test_an_odd_description_of_a_llama_is_refused(checkpoint, tmp_path, odd, said):
@@ -327,6 +331,27 @@ def test_an_odd_description_of_a_llama_is_refused(checkpoint, tmp_path, odd, sai
     (out / "config.json").write_text(json.dumps({**described, **odd}))
     with pytest.raises(CheckpointError, match=said):
         bring_in(out, tmp_path / "in", "hf")
+
+
+def test_what_a_llama_does_not_say_is_what_transformers_takes():
+    from transformers import LlamaConfig
+
+    from bigtrain.doors.names import gpt_args
+
+    sizes = {"vocab_size": 71, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    made, taken = LlamaConfig(**sizes), gpt_args(sizes, "config.json")
+    assert taken == {
+        "vocab": 71,
+        "width": 16,
+        "layers": 1,
+        "heads": 2,
+        "kv_heads": made.num_key_value_heads,
+        "mlp_width": made.intermediate_size,
+        "context": made.max_position_embeddings,
+        "tied": made.tie_word_embeddings,
+        "norm_eps": made.rms_norm_eps,
+        "rope_theta": 10_000.0,
+    }
 
 
 def test_where_nothing_can_be_written_is_a_clear_error(checkpoint, tmp_path):

@@ -142,7 +142,7 @@ def test_the_base_is_known_by_what_it_holds(place: Path, tmp_path: Path) -> None
         pass
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama", "bert", "conv"])
+@pytest.mark.parametrize("name", ["gpt", "gpt2", "llama", "bert", "conv"])
 def test_merged_weights_compute_the_same(name: str, place: Path, tmp_path: Path) -> None:
     """On the data of the run, in each form that merges."""
     settings = SETTINGS[name](place, tmp_path)
@@ -214,19 +214,44 @@ def conv(place: Path, folder: Path) -> dict[str, Any]:
     )
 
 
+def gpt2(place: Path, folder: Path) -> dict[str, Any]:
+    """Whose layers hold their weights the other way round, some of them square."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 260, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 96}
+    torch.manual_seed(4)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=1))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.ndim == 1))
+    model.save_pretrained(folder / "gpt2")
+    made._llama_tokenizer(folder / "gpt2")
+    found = made.run_file(place, folder / "gpt2", optim={"lr": 0.05})
+    found["run"] = {"name": "lora-gpt2", "dir": str(folder / "runs"), "seed": 1}
+    return {**found, "finetune": {"adapter": {"targets": ["*.c_attn", "*.c_proj"], "rank": 2}}}
+
+
 SETTINGS: dict[str, Any] = {
+    "gpt2": gpt2,
     "gpt": lambda place, folder: gpt(place, run={"name": "merge", "dir": str(folder / "runs")}),
     "llama": of_folder("llama", ["*.q_proj", "*.v_proj", "*.down_proj"]),
     "bert": of_folder("bert", ["*.query", "*.value"]),
     "conv": conv,
 }
 INPUTS: dict[str, Any] = {
+    "gpt2": lambda: torch.arange(4, 20).reshape(2, 8),
     "gpt": lambda: torch.arange(16).reshape(2, 8),
     "llama": lambda: torch.arange(4, 20).reshape(2, 8),
     "bert": lambda: {"input_ids": torch.arange(4, 20).reshape(2, 8) % 17},
     "conv": lambda: torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8),
 }
-PLAIN = {"gpt": {}, "llama": {"pretrained": False}, "bert": {"pretrained": False}, "conv": {}}
+PLAIN: dict[str, Any] = {
+    "gpt2": {"pretrained": False},
+    "gpt": {},
+    "llama": {"pretrained": False},
+    "bert": {"pretrained": False},
+    "conv": {},
+}
 
 
 def test_merging_is_the_papers_formula() -> None:
@@ -234,8 +259,9 @@ def test_merging_is_the_papers_formula() -> None:
     config = schema.Adapter(targets=("x",), rank=3, alpha=6)
     first, second = torch.randn(3, 5), torch.randn(4, 3)
     weight = torch.randn(4, 5)
-    assert torch.allclose(merged(weight, first, second, config), weight + 2 * second @ first, atol=1e-6)
-    assert torch.allclose(merged(weight.T, first, second, config), (weight + 2 * second @ first).T, atol=1e-6)
+    expected = weight + 2 * second @ first
+    assert torch.allclose(merged(weight, first, second, config, transposed=False), expected, atol=1e-6)
+    assert torch.allclose(merged(weight.T, first, second, config, transposed=True), expected.T, atol=1e-6)
 
 
 # peft asks transformers for what has another name now.
@@ -356,3 +382,21 @@ def test_a_module_that_was_given_is_not_changed(place: Path, tmp_path: Path) -> 
         bigtrain.train(settings, model=module)
     run = bigtrain.train(settings, model=lambda: models.build("gpt", GPT))
     assert any(is_adapter(name) for name, _ in run.model.named_parameters())
+
+
+def test_a_folder_that_has_moved(place: Path, tmp_path: Path) -> None:
+    """Where its new place is said, a run goes on from it, is measured and exported; else the old one is asked for."""
+    shutil.copytree(place / "bert", tmp_path / "here")
+    shutil.copy(place / "reviews.csv", tmp_path)
+    settings = made.run_file(tmp_path, tmp_path / "here", optim={"lr": 0.05})
+    settings["finetune"] = {"adapter": {"targets": ["*.query"]}}
+    run = bigtrain.train(settings)
+    (tmp_path / "here").rename(tmp_path / "there")
+    with pytest.raises(CheckpointError, match="which cannot be opened"), opened(find_checkpoint(run.path)):
+        pass
+    assert "samples" in command("eval", str(run.path), f"model.name=hf/{tmp_path / 'there'}", "--json")
+    command("ckpt", "export", str(run.path), str(tmp_path / "out"), "--to", "hf", "--base", str(tmp_path / "there"))
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    settings["model"]["name"] = f"hf/{tmp_path / 'there'}"
+    again = bigtrain.train({**settings, "train": {"steps": 6}})
+    assert len(losses(again.path)) == 6
