@@ -17,7 +17,10 @@ from pathlib import Path
 import psutil
 
 MARK = "BIGTRAIN_TEST_SESSION"
-os.environ.setdefault(MARK, uuid.uuid4().hex)
+# A worker of pytest-xdist is a session of its own: what another one has started is not its own.
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+if not os.environ.get(MARK, "").endswith(f"-{_WORKER}"):
+    os.environ[MARK] = f"{uuid.uuid4().hex}-{_WORKER}"
 
 # Servers that a session keeps on purpose: they end with it.
 _KEPT = ("multiprocessing.forkserver", "multiprocessing.resource_tracker", "compile_worker", "wandb-core")
@@ -58,9 +61,9 @@ def _ports() -> set[int]:
 
 
 def _files() -> set[str]:
-    """Shared memory by name; Python's own tracker takes semaphores of forked ranks away when the session ends."""
+    """Shared memory by name; Python's own tracker, and joblib's, take their semaphores away when the session ends."""
     with suppress(OSError):
-        return {name for name in os.listdir(_SHARED_MEMORY) if not name.startswith("sem.mp-")}
+        return {name for name in os.listdir(_SHARED_MEMORY) if not name.startswith(("sem.mp-", "sem.loky-"))}
     return set()
 
 
