@@ -211,6 +211,16 @@ def test_an_export_says_what_its_numbers_are(place: Path, tmp_path: Path) -> Non
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float64
 
 
+def test_plain_text_by_the_folders_tokenizer(place: Path) -> None:
+    (place / "it.txt").write_text("the quick brown fox. " * 40)
+    settings = made.run_file(place, place / "llama", run={"name": "text", "dir": str(place / "runs")})
+    args = {"source": str(place / "it.txt"), "context": 32, "attend_across_documents": False}
+    settings["data"] |= {"name": "text", "args": args}
+    run = bigtrain.train(settings)
+    (said,) = json.loads(command("predict", str(run.path), "the q", "--max-tokens=3", "--json"))
+    assert (said["input"], said["tokens"]) == ("the q", 3)
+
+
 def test_a_checkpoint_of_another_model_is_no_folder(tmp_path: Path) -> None:
     settings = {
         "run": {"name": "cnn", "dir": str(tmp_path)}, "task": "classification", "model": "simple_cnn",

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import bigtrain
-from bigtrain import models
+from bigtrain import data, models
 from bigtrain.checkpoint import open_checkpoint
 from bigtrain.cli import app
 from bigtrain.config import schema
+from bigtrain.data import EvalLoader
 from bigtrain.errors import (
     BigtrainError,
     CheckpointError,
@@ -142,13 +143,16 @@ def test_the_base_is_known_by_what_it_holds(place: Path, tmp_path: Path) -> None
         pass
 
 
-@pytest.mark.parametrize("name", ["gpt", "gpt2", "llama", "bert", "conv"])
+LATER = [pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "llama", "bert")]
+
+
+@pytest.mark.parametrize("name", ["gpt", "conv", *LATER])
 def test_merged_weights_compute_the_same(name: str, place: Path, tmp_path: Path) -> None:
-    """On the data of the run, in each form that merges."""
+    """On samples of the run's data, in each form that merges."""
     settings = SETTINGS[name](place, tmp_path)
     run = bigtrain.train(settings)
     with opened(find_checkpoint(run.path)) as trained, trained.evaluating():
-        inputs = INPUTS[name]()
+        inputs = INPUTS[name](place)
         adapted = trained.model(inputs)
         plain = models.build(settings["model"]["name"], settings["model"].get("args", {}) | PLAIN[name])
         for form in ("safetensors", "torch"):
@@ -239,12 +243,22 @@ SETTINGS: dict[str, Any] = {
     "conv": conv,
 }
 INPUTS: dict[str, Any] = {
-    "gpt2": lambda: torch.arange(4, 20).reshape(2, 8),
-    "gpt": lambda: torch.arange(16).reshape(2, 8),
-    "llama": lambda: torch.arange(4, 20).reshape(2, 8),
-    "bert": lambda: {"input_ids": torch.arange(4, 20).reshape(2, 8) % 17},
-    "conv": lambda: torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8),
+    "gpt2": lambda place: sample("conversations", path=place / "chats.jsonl", tokenizer=place / "llama", context=95),
+    "gpt": lambda place: sample("text", source=place / "text.txt", context=8),
+    "llama": lambda place: sample("conversations", path=place / "chats.jsonl", tokenizer=place / "llama", context=95),
+    "bert": lambda place: sample("text_classification", path=place / "reviews.csv", tokenizer=place / "bert"),
+    "conv": lambda place: sample("digits"),
 }
+
+
+def sample(name: str, **args: Any) -> Any:
+    """What a model takes, of the first samples of the run's own data."""
+    said = {key: str(value) if isinstance(value, Path) else value for key, value in args.items()}
+    dataset: Any = data.create(name, "train", said)
+    batch = next(iter(EvalLoader(dataset, batch_size=3, max_batches=1))).data
+    return batch["tokens"][:, :-1] if isinstance(batch, dict) else batch[0]
+
+
 PLAIN: dict[str, Any] = {
     "gpt2": {"pretrained": False},
     "gpt": {},
@@ -268,6 +282,7 @@ def test_merging_is_the_papers_formula() -> None:
 of_peft = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 
+@pytest.mark.slow
 @of_peft
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_transformers_and_peft_open_what_is_exported(name: str, place: Path, tmp_path: Path) -> None:
@@ -282,18 +297,19 @@ def test_transformers_and_peft_open_what_is_exported(name: str, place: Path, tmp
     assert (described["r"], described["base_model_name_or_path"]) == (2, str(place / name))
     size = sum(file.stat().st_size for file in (tmp_path / "adapter").iterdir())
     assert size < 20_000
-    inputs = INPUTS[name]()
-    ids = inputs["input_ids"] if name == "bert" else inputs
+    inputs = INPUTS[name](place)
+    named = inputs if name == "bert" else {"input_ids": inputs}
     with opened(find_checkpoint(run.path)) as trained, trained.evaluating():
         expected = trained.model(inputs)
         whole = library.from_pretrained(tmp_path / "whole").eval()
         beside = peft.PeftModel.from_pretrained(library.from_pretrained(place / name), tmp_path / "adapter").eval()
-        assert torch.allclose(whole(input_ids=ids).logits, expected, atol=1e-5)
-        assert torch.allclose(beside(input_ids=ids).logits, expected, atol=1e-6)
-        before = library.from_pretrained(place / name).eval()(input_ids=ids).logits
+        assert torch.allclose(whole(**named).logits, expected, atol=1e-5)
+        assert torch.allclose(beside(**named).logits, expected, atol=1e-6)
+        before = library.from_pretrained(place / name).eval()(**named).logits
         assert not torch.allclose(before, expected, atol=1e-3)
 
 
+@pytest.mark.slow
 @of_peft
 def test_a_new_head_trains_beside_the_adapter(place: Path, tmp_path: Path) -> None:
     import peft
@@ -312,11 +328,12 @@ def test_a_new_head_trains_beside_the_adapter(place: Path, tmp_path: Path) -> No
     command("ckpt", "export", str(run.path), str(tmp_path / "adapter"), "--to", "peft")
     base = AutoModelForSequenceClassification.from_pretrained(place / "body", num_labels=3)
     beside = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    inputs = INPUTS["bert"]()
+    inputs = INPUTS["bert"](place)
     with opened(find_checkpoint(run.path)) as trained, trained.evaluating():
         assert torch.allclose(beside(**inputs).logits, trained.model(inputs), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_adapter_starts_from_another(place: Path, tmp_path: Path) -> None:
     first = bigtrain.train(gpt(place, run={"name": "one", "dir": str(tmp_path)}))
     settings = gpt(place, run={"name": "two", "dir": str(tmp_path)}, optim={"lr": 0.0}, train={"steps": 1})
@@ -333,6 +350,7 @@ def test_an_adapter_starts_from_another(place: Path, tmp_path: Path) -> None:
     bigtrain.train(settings)
 
 
+@pytest.mark.slow
 def test_what_is_exported_elsewhere(place: Path, tmp_path: Path) -> None:
     run = bigtrain.train(gpt(place, run={"name": "gpt", "dir": str(tmp_path)}))
     for form in ("dcp", "deepspeed"):
@@ -384,6 +402,7 @@ def test_a_module_that_was_given_is_not_changed(place: Path, tmp_path: Path) -> 
     assert any(is_adapter(name) for name, _ in run.model.named_parameters())
 
 
+@pytest.mark.slow
 def test_a_folder_that_has_moved(place: Path, tmp_path: Path) -> None:
     """Where its new place is said, a run goes on from it, is measured and exported; else the old one is asked for."""
     shutil.copytree(place / "bert", tmp_path / "here")
