@@ -79,7 +79,7 @@ class Goals:
         for _, key, goal, _ in self._goals():
             if numbers is None:
                 raise UserError(
-                    f"{key} compares evaluations, and the run has no data to evaluate on",
+                    "evaluations are to be compared, and the run has no data to evaluate on",
                     where=key,
                     remedy="hold out a share, data.eval: {split: 0.1}; or take the key out",
                 )

@@ -26,7 +26,7 @@ from bigtrain.engines.averaging import Averaged
 from bigtrain.engines.base import Zero
 from bigtrain.errors import DataError, ModelError
 from bigtrain.finetune.adapters import build_model, with_adapter
-from bigtrain.finetune.freeze import FreezePlan, begins_at, phase_at, plan_freezing
+from bigtrain.finetune.freeze import FreezePlan, begins_at, frozen_batchnorms, phase_at, plan_freezing
 from bigtrain.fitting import try_first_batch
 from bigtrain.goals import Goals
 from bigtrain.health.pulse import Pulse
@@ -183,7 +183,7 @@ def assemble(
     compiled = compile_parts(config, name, prepared.model, prepared.blocks)
     choices = _choices(config, prepared, compiled)
     engine = engines.build(name, prepared.model, prepared.blocks, plan, world, choices)
-    average = _averaged(engine, config, plan)
+    average = _averaged(engine, config, prepared.model, plan)
     cadence = _cadence(config, train)
     schedule = _schedule(config, cadence, train)
     # From here on random numbers are each rank's own: dropout must differ between ranks.
@@ -213,9 +213,10 @@ def _check_goals(training: Training) -> None:
         goals_of(config, training.world).check(numbers)
 
 
-def _averaged(engine: Engine, config: Config, plan: OptimizerPlan) -> Averaged | None:
+def _averaged(engine: Engine, config: Config, model: nn.Module, plan: OptimizerPlan) -> Averaged | None:
     wanted = config.optim.ema
-    names = [name for group in plan.groups for name in group.names]
+    names = {name for group in plan.groups for name in group.names} | {name for name, _ in model.named_buffers()}
+    names -= {f"{norm}.{own}" for norm, module in frozen_batchnorms(model).items() for own, _ in module.named_buffers()}
     return None if wanted is None else Averaged(engine, names, wanted.decay, evaluates=wanted.evaluate)
 
 

@@ -39,6 +39,12 @@ def best_of(place: Path) -> Path:
     Raises:
         CheckpointError: Where none is known to be.
     """
+    if not place.is_dir():
+        raise CheckpointError(
+            f"there is no folder {place}",
+            where=str(place),
+            remedy="give a run's folder, as runs/NAME, or one of checkpoints",
+        )
     for folder in (place / "checkpoints", place):
         found = find_best(folder)
         if found:

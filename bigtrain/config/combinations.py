@@ -261,15 +261,16 @@ def of_features(config: Config) -> Iterator[Clash]:
     if finetune.feature_cache is None:
         return
     if finetune.adapter:
-        yield Clash(f"{key} keeps what a frozen part computes, and adapters train inside of it", key, "take one out")
+        yield Clash("features of a frozen part are to be kept, and adapters train inside of it", key, "take one out")
     elif not (finetune.freeze or finetune.freeze_depth):
-        yield Clash(f"{key} keeps what a frozen part computes, and nothing is frozen", key, "set finetune.freeze")
+        yield Clash("features of a frozen part are to be kept, and nothing is frozen", key, "set finetune.freeze")
     if config.data.mix:
-        yield Clash(
-            f"{key} computes features once, and data.mix mixes samples anew each time", key, "take one of them out"
-        )
+        text = "features are to be computed once, and data.mix mixes samples anew each time"
+        yield Clash(text, key, "take one of them out")
     if config.compile.scope != "none":
-        yield Clash(f"{key} leaves the head alone, and there is nothing to compile", "compile", "set it to none")
+        yield Clash(
+            "with cached features the head runs alone: there is nothing to compile", "compile", "set it to none"
+        )
 
 
 def _of_data(config: Config) -> Iterator[Clash]:
@@ -278,7 +279,7 @@ def _of_data(config: Config) -> Iterator[Clash]:
         yield from of_evaluation(data.name, data.args, data.eval.name, data.eval.args)
     goals = {"eval.early_stop": config.eval.early_stop, "checkpoint.keep_best": config.checkpoint.keep_best}
     for key in (key for key, goal in goals.items() if goal and data.eval == "none"):
-        text = f"{key} compares evaluations, and the run has no data to evaluate on"
+        text = "evaluations are to be compared, and the run has no data to evaluate on"
         yield Clash(text, key, "hold out a share, data.eval: {split: 0.1}; or take the key out")
     if data.mix and config.task.name in catalogue.TASKS and config.task.name not in catalogue.TASKS_OF_MIXTURES:
         yield from of_mixtures(config.task.name)
@@ -287,7 +288,7 @@ def _of_data(config: Config) -> Iterator[Clash]:
 def of_mixtures(task: str) -> Iterator[Clash]:
     """Samples that are mixed, and a task that cannot learn from mixtures."""
     yield Clash(
-        f"data.mix mixes samples and their labels, and the task {task} does not take mixtures",
+        f"samples and their labels are to be mixed, and the task {task} does not take mixtures",
         "data.mix",
         "take it out; a task of your own that takes batches of bigtrain.data.Mixed says takes_mixtures = True",
     )

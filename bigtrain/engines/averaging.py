@@ -26,7 +26,7 @@ class _Pair(NamedTuple):
 
 
 class Averaged:
-    """An engine, and the averages of the weights that it trains and of the model's floating buffers.
+    """An engine, and the averages of the weights that it trains and of the floating buffers that move.
 
     After the k-th step of the run an average moves by 1 - min(decay, (1 + k) / (10 + k)) of its distance from the
     weight: a long memory, which is shorter in the beginning, so that initial values are soon forgotten (the formula is
@@ -35,7 +35,7 @@ class Averaged:
 
     Args:
         engine: What trains.
-        names: The parameters that train.
+        names: The parameters that train, and the buffers that are not frozen.
         decay: The share that an average keeps of itself in a step.
         evaluates: Whether evaluations see the averages instead of the weights.
     """
@@ -51,8 +51,7 @@ class Averaged:
         return [
             piece
             for piece in self._engine.state().pieces
-            if (piece.kind == WEIGHT and piece.name in self._names)
-            or (piece.kind == BUFFER and piece.dtype.is_floating_point)
+            if piece.kind in (WEIGHT, BUFFER) and piece.name in self._names and piece.dtype.is_floating_point
         ]
 
     def _pairs(self) -> list[_Pair]:

@@ -169,6 +169,8 @@ def _fsdp(explained: Explanation) -> Iterator[str]:
 def _memory(explained: Explanation) -> Iterator[str]:
     own = explained.chosen
     yield "of the rank that holds most; working: copies to compute with, or the most that is gathered at once"
+    if explained.config.optim.ema:
+        yield "optimizer: averages of the weights that train (optim.ema) are in it, beside its own state"
     yield "not estimated: activations, buffers of communication, and what the allocator wastes"
     if own.buffers:
         yield f"the model's buffers, {size_of(own.buffers)} on every rank, are in the sum"

@@ -203,8 +203,11 @@ def _compute(training: Training, cut: Cut, folder: Path, key: str, splits: dict[
         if ranks.is_main:
             with suppress(OSError):
                 DISK.remove_tree(aside)
-        error.remedy = error.remedy or "make room, or take finetune.feature_cache out"
-        raise
+        raise SaveError(
+            f"features cannot be kept in {folder.parent}: {error.problem}",
+            where="finetune.feature_cache",
+            remedy="name a folder with room in which you may write, or take the key out",
+        ) from error
     return Cache(folder, of_splits)
 
 

@@ -25,7 +25,7 @@ DECAY, STEPS = 0.8, 6
 
 def averaged(layout, world, *, frozen=True, evaluates=True, **options):
     engine = build(layout, world, frozen=frozen, empty=False, **options)
-    names = list(engine.state().hyper)
+    names = [*engine.state().hyper, "shift"]
     return Averaged(engine, names, DECAY, evaluates=evaluates)
 
 

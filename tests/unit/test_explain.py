@@ -293,3 +293,12 @@ def test_every_engine_is_put_into_words(engine):
 )
 def test_sizes(count, text):
     assert size_of(count) == text
+
+
+def test_averages_of_weights_are_counted():
+    plain, averaged = (explain(configured(optim={"name": "adamw", **more})) for more in ({}, {"ema": {"decay": 0.9}}))
+    numbers = {each.label: each.optimizer for each in plain.footprints}
+    trained = plain.parts.num_trained
+    assert next(e for e in averaged.footprints if e.label == "single").optimizer == numbers["single"] + 4 * trained
+    assert any("optim.ema" in line for line in sections(averaged)["memory"])
+    assert not any("optim.ema" in line for line in sections(plain)["memory"])

@@ -223,7 +223,8 @@ def test_a_disk_that_is_full_or_shut_is_said(tmp_path):
     (tmp_path / "features").write_text("a file")
     with pytest.raises(SaveError) as caught:
         train(config(tmp_path, "run"))
-    assert "finetune.feature_cache" in (caught.value.remedy or "")
+    assert caught.value.where == "finetune.feature_cache"
+    assert f"cannot be kept in {tmp_path}/features" in caught.value.problem
     assert not (tmp_path / "runs").exists()
 
 
@@ -241,10 +242,10 @@ def test_a_model_whose_features_are_not_all_is_refused(tmp_path, model, words):
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"data.transforms": {"train": ["RandomHorizontalFlip"]}}, "random choices"),
-    ({"data.mix": {"mixup": 0.2}}, "data.mix"),
+    ({"data.mix": {"mixup": 0.2}}, "mixes samples anew"),
     ({"finetune.freeze": ["stem.*"]}, "one part of the model"),
     ({"finetune.freeze": []}, "nothing is frozen"),
-    ({"compile": "model"}, "nothing to compile"),
+    ({"compile": "model"}, "nothing is to be compiled"),
 ])  # fmt: skip
 def test_what_cannot_be_kept_is_refused(tmp_path, changes, words):
     values = config(tmp_path, "run")

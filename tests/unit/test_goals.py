@@ -131,3 +131,8 @@ def test_a_metric_of_the_users_own_has_to_say_which_is_better(tmp_path):
         bigtrain.train(config(tmp_path, SCORES, eval={"early_stop": "bleu"}))
     with pytest.raises(ConfigError, match="patience"):
         bigtrain.train(config(tmp_path, SCORES, eval={"early_stop": {"metric": "loss", "patience": 0}}))
+
+
+def test_what_is_no_folder_is_not_called_a_run_without_a_best(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        best_of(tmp_path / "nowhere")
