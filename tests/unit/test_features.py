@@ -245,7 +245,7 @@ def test_a_model_whose_features_are_not_all_is_refused(tmp_path, model, words):
     ({"data.mix": {"mixup": 0.2}}, "mixes samples anew"),
     ({"finetune.freeze": ["stem.*"]}, "one part of the model"),
     ({"finetune.freeze": []}, "nothing is frozen"),
-    ({"compile": "model"}, "nothing is to be compiled"),
+    ({"compile": "model"}, "there is nothing to compile"),
 ])  # fmt: skip
 def test_what_cannot_be_kept_is_refused(tmp_path, changes, words):
     values = config(tmp_path, "run")
