@@ -7,7 +7,6 @@ initial values for what no file has, and its tables computed anew. transformers 
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,12 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bigtrain.errors import ModelError, SetupError
-from bigtrain.models.blocks import is_norm
 from bigtrain.models.checks import check_positive
-from bigtrain.models.gpt import positions_in_documents
+from bigtrain.models.hugging_face_classes import (
+    Classifier,
+    Loaded,
+    PackingLanguageModel,
+    SummingLanguageModel,
+    let_head_sum,
+    of_language_model,
+)
 from bigtrain.named import nearest, suggest
 
 CLASSIFICATION, CAUSAL_LM = "classification", "causal_lm"
@@ -63,11 +68,12 @@ def build(
         described.num_labels = num_classes
     if head == CLASSIFICATION and getattr(described, "pad_token_id", None) is None:
         described.pad_token_id = _first(getattr(described, "eos_token_id", None))  # as the data's tokenizer does
-    made: Any = type(cls.__name__, (_mixin(cls, head), cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    added: type[Loaded] = Classifier if head == CLASSIFICATION else of_language_model(cls)
     try:
         with _drawing_nothing() if pretrained else nullcontext():
-            model: nn.Module = made._from_config(described, dtype=torch.float32)
-            model.tie_weights()  # type: ignore[operator]
+            model = _made(cls, added, described)
+            if added is SummingLanguageModel and not let_head_sum(model):
+                model = _made(cls, PackingLanguageModel, described)
     except Exception as error:
         raise ModelError(
             f"hf/{folder}: transformers cannot build {cls.__name__}: {type(error).__name__}: {error}",
@@ -77,127 +83,11 @@ def build(
     return model
 
 
-class _Loaded:
-    """What is added to a class of transformers'."""
-
-    config: Any
-
-    @property
-    def context(self) -> int | None:
-        """The longest sequence."""
-        return getattr(self.config, "max_position_embeddings", None)
-
-    def init_tensor(self, name: str, tensor: Tensor) -> None:
-        """Fill a piece of the parameter or buffer `name`, as transformers does for most models.
-
-        Norms are 1, biases 0, all else is normal with config.json's `initializer_range`. It is what a new head gets;
-        the rest is overwritten by the pretrained weights.
-        """
-        owner, leaf = self.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]  # type: ignore[attr-defined]
-        deviation = getattr(self.config.get_text_config(), "initializer_range", None) or 0.02
-        with torch.no_grad():
-            if leaf == "bias" or (leaf in owner._buffers and leaf != "running_var"):
-                tensor.zero_()
-            elif is_norm(owner) or leaf == "running_var":
-                tensor.fill_(1.0)
-            else:
-                tensor.normal_(0.0, deviation)
-
-    def reset_buffers(self) -> None:
-        """Compute the buffers anew that no file has (positions, rotary frequencies), by transformers' own rules.
-
-        Raises:
-            ModelError: Where this version of transformers has no rule for one.
-        """
-        tensors: tuple[Any, ...] = (*self.parameters(), *self.buffers())  # type: ignore[attr-defined]
-        for tensor in tensors:
-            tensor._is_hf_initialized = True  # transformers then leaves it alone
-        for owner, name, module in _with_buffers(self):
-            own = {leaf: module._buffers[leaf] for leaf in module._non_persistent_buffers_set}
-            tables: dict[str, Any] = {
-                leaf: table for leaf, table in own.items() if table is not None and not table.is_meta
-            }
-            for table in tables.values():
-                table._is_hf_initialized = False
-                table.copy_(_unlikely(table))
-            with torch.no_grad():
-                owner._init_weights(module)
-            for leaf, table in tables.items():
-                if table.numel() and bool((table == _unlikely(table)).all()):
-                    raise ModelError(
-                        f"transformers does not say how {name}.{leaf} is computed",
-                        where="model.name",
-                        remedy="set model.args.pretrained=false and name the folder in finetune.init_from:\n"
-                        "the model is then built whole, on every rank, before it is cut up",
-                    )
-
-    def _any_mask(self, tokens: Tensor) -> Tensor:
-        """A mask of four dimensions, which transformers takes as it is: into one on the meta device it cannot look."""
-        size = tokens.shape[1]
-        like: Tensor = next(self.parameters())  # type: ignore[attr-defined]
-        return like.new_empty(len(tokens), 1, size, size)
-
-    def _check_length(self, tokens: Tensor) -> None:
-        if self.context is not None and tokens.shape[1] > self.context:
-            raise ModelError(
-                f"sequences of {tokens.shape[1]} tokens reach a model with a context of {self.context}",
-                where="model.args.config",
-                remedy="give the data a smaller context or max_tokens; or, where positions are rotary,\n"
-                "set model.args.config: {max_position_embeddings: …}",
-            )
-
-
-class _Classifier(_Loaded):
-    """Takes a mapping (input_ids, attention_mask, …), each (samples, tokens)."""
-
-    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Logits (samples, classes)."""
-        tokens = inputs["input_ids"]
-        self._check_length(tokens)
-        if tokens.is_meta:
-            inputs = {"input_ids": tokens, "attention_mask": self._any_mask(tokens)}
-        logits: Tensor = super().forward(**inputs).logits  # type: ignore[misc]
-        return logits
-
-
-class _LanguageModel(_Loaded):
-    """A decoder that knows one document in a sequence."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (B, T, vocabulary) for the token after each of tokens (B, T)."""
-        return self._logits(tokens)
-
-    def _logits(self, tokens: Tensor, **further: Tensor) -> Tensor:
-        self._check_length(tokens)
-        if tokens.is_meta:
-            further = {"attention_mask": self._any_mask(tokens)}
-        forward = super().forward  # type: ignore[misc]
-        logits: Tensor = forward(input_ids=tokens, use_cache=False, **further).logits
-        return logits
-
-
-class _PackingLanguageModel(_LanguageModel):
-    """A decoder that keeps documents apart: by their positions, from which transformers makes the mask."""
-
-    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Logits (B, T, vocabulary).
-
-        Args:
-            tokens: (B, T) int64.
-            documents: (B, T) integers; neighbours with the same number are one document.
-        """
-        if documents is None:
-            return self._logits(tokens)
-        return self._logits(tokens, position_ids=positions_in_documents(documents))
-
-
-def _mixin(cls: Any, head: str) -> type[_Loaded]:
-    if head == CLASSIFICATION:
-        return _Classifier
-    takes_positions = "position_ids" in inspect.signature(cls.forward).parameters
-    keeps_state = getattr(cls, "_is_stateful", False)  # such layers see the document before whatever the mask says
-    packs = takes_positions and not keeps_state and hasattr(sys.modules[cls.__module__], "create_causal_mask")
-    return _PackingLanguageModel if packs else _LanguageModel
+def _made(cls: Any, added: type[Loaded], described: Any) -> nn.Module:
+    made: Any = type(cls.__name__, (added, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    model: nn.Module = made._from_config(described, dtype=torch.float32)
+    model.tie_weights()  # type: ignore[operator]
+    return model
 
 
 # ---- what a folder says ----------
@@ -346,24 +236,3 @@ def _drawing_nothing() -> Iterator[None]:
 
     with no_init_weights():
         yield
-
-
-def _with_buffers(model: Any) -> Iterator[tuple[Any, str, nn.Module]]:
-    """Every module that has buffers in no file, its name, and the model of transformers' that it belongs to."""
-    from transformers import PreTrainedModel
-
-    owners: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        above = name
-        while above and above not in owners:
-            above = above.rpartition(".")[0]
-        owners[name] = module if isinstance(module, PreTrainedModel) else owners[above]
-        if module._non_persistent_buffers_set:
-            yield owners[name], name, module
-
-
-def _unlikely(table: Tensor) -> Any:
-    """What no table is full of."""
-    if table.dtype == torch.bool:
-        return torch.zeros_like(table)
-    return torch.finfo(table.dtype).max if table.is_floating_point() else torch.iinfo(table.dtype).max

@@ -13,7 +13,7 @@ import torch
 
 from bigtrain import models
 from bigtrain.errors import ModelError, SetupError
-from bigtrain.models import hugging_face
+from bigtrain.models import hugging_face_classes as classes
 from bigtrain.prepare import _whole_pieces, fill_pieces
 from tests.helpers import hugging_face as made
 
@@ -91,10 +91,48 @@ def test_documents_in_one_row_are_as_if_alone(place: Path, name: str) -> None:
 
 
 def test_a_model_that_keeps_a_state_does_not_claim_to_keep_documents_apart() -> None:
-    from transformers import LlamaForCausalLM, MambaForCausalLM
+    from transformers import MambaForCausalLM
 
-    assert hugging_face._mixin(LlamaForCausalLM, "causal_lm") is hugging_face._PackingLanguageModel
-    assert hugging_face._mixin(MambaForCausalLM, "causal_lm") is hugging_face._LanguageModel
+    assert classes.of_language_model(MambaForCausalLM) is classes.LanguageModel
+
+
+def test_models_that_scale_their_logits_do_not_claim_to_sum() -> None:
+    from transformers import CohereForCausalLM, Gemma2ForCausalLM, GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM
+
+    for cls in (LlamaForCausalLM, Qwen3ForCausalLM, GPT2LMHeadModel):
+        assert classes.of_language_model(cls) is classes.SummingLanguageModel
+    for cls in (CohereForCausalLM, Gemma2ForCausalLM):
+        assert classes.of_language_model(cls) is classes.PackingLanguageModel
+
+
+def test_an_output_layer_with_a_bias_leaves_its_logits_whole(tmp_path: Path) -> None:
+    from transformers import PhiConfig, PhiForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    PhiForCausalLM(PhiConfig(vocab_size=60, **sizes, bos_token_id=0, eos_token_id=1)).save_pretrained(tmp_path / "phi")
+    model = models.build(f"hf/{tmp_path / 'phi'}", {"pretrained": False})
+    assert model.lm_head.bias is not None  # type: ignore[union-attr]
+    assert type(model).__mro__[1] is classes.PackingLanguageModel
+    assert model(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, 60)
+
+
+@pytest.mark.parametrize("most", [1 << 27, 1000])
+def test_the_sum_is_that_of_the_logits(place: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """At once, and in chunks of a few tokens; loss and gradients, with documents kept apart and tokens ignored."""
+    monkeypatch.setattr("bigtrain.models.head.MOST_LOGITS", most)
+    model = models.build(f"hf/{place / 'llama'}", {"pretrained": False}).double()
+    torch.manual_seed(3)
+    tokens, targets = torch.randint(260, (2, 11)), torch.randint(260, (2, 11))
+    targets[0, :4] = -100
+    documents = torch.tensor([[0] * 5 + [1] * 6, [0] * 11])
+    total = model(tokens, documents, sum_cross_entropy_of=targets)
+    logits = model(tokens, documents)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    assert total.shape == ()
+    assert total.item() == pytest.approx(expected.item(), rel=1e-12)
+    weights = list(model.parameters())
+    slopes = zip(torch.autograd.grad(total, weights), torch.autograd.grad(expected, weights), strict=True)
+    assert all(torch.allclose(ours, theirs, atol=1e-10) for ours, theirs in slopes)
 
 
 def changed(place: Path, name: str, to: Path, **changes: Any) -> str:
