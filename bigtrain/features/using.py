@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from bigtrain.state import BUFFER, WEIGHT
 from bigtrain.trainer import Training, loaders
 
 _TRIED_SAMPLES = 2
+_LEFT_FOR_S = 86_400.0
 # By how much features computed again may differ: other batch sizes add in another order.
 _ROUNDING = {torch.float64: 1e-9, torch.bfloat16: 0.05, torch.float16: 0.01}
 
@@ -182,6 +183,7 @@ def _are_same(training: Training, cut: Cut, cache: Cache, tried: Batch) -> bool:
 def _compute(training: Training, cut: Cut, folder: Path, key: str, splits: dict[str, Dataset]) -> Cache:
     """Every rank computes a share of the samples and writes it; rank 0 makes a cache of it all."""
     ranks = Ranks(training.world)
+    _agreed(ranks, folder, lambda: _make_way(ranks, folder))
     aside = folder.with_name(f"{folder.name}.tmp-{ranks.broadcast(uuid.uuid4().hex[:8])}")
     failure: CheckpointError | None = None
     mine: dict[str, Shard] = {}
@@ -194,30 +196,63 @@ def _compute(training: Training, cut: Cut, folder: Path, key: str, splits: dict[
         failure = failure or late
         mine[name] = shard or Shard(0, [])
     try:
-        ranks.raise_first(failure)
+        _agreed(ranks, folder, lambda: _raise(failure))
         written = ranks.gather(mine)
         about = {"head": cut.name, "model": training.config.model.name, "data": training.config.data.name}
         of_splits = {name: [theirs[name] for theirs in written] for name in splits}
-        ranks.agree(lambda: _commit(ranks, aside, folder, key, about, of_splits), SaveError)
-    except SaveError as error:
+        _agreed(ranks, folder, lambda: _commit(ranks, aside, folder, key, about, of_splits))
+    finally:
         if ranks.is_main:
             with suppress(OSError):
-                DISK.remove_tree(aside)
+                DISK.remove_tree(aside)  # what was not committed
+    cache, why_not = _opened(training, folder, key, splits)
+    if cache is None:
+        raise SaveError(
+            f"features were written to {folder}, and cannot be read back: {why_not}",
+            where="finetune.feature_cache",
+            remedy="name a folder that all machines share, or take the key out",
+        )
+    return cache
+
+
+def _raise(failure: CheckpointError | None) -> None:
+    if failure is not None:
+        raise failure
+
+
+def _agreed(ranks: Ranks, folder: Path, action: Callable[[], None]) -> None:
+    """Do something with files; what fails on one rank is raised on all."""
+    try:
+        ranks.agree(action, SaveError)
+    except CheckpointError as error:
         raise SaveError(
             f"features cannot be kept in {folder.parent}: {error.problem}",
             where="finetune.feature_cache",
             remedy="name a folder with room in which you may write, or take the key out",
         ) from error
-    return Cache(folder, of_splits)
+
+
+def _make_way(ranks: Ranks, folder: Path) -> None:
+    """Take away a cache that cannot be used, and what writers that were killed left behind a day ago or more."""
+    if not ranks.is_main:
+        return
+    if DISK.exists(folder):
+        gone = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+        DISK.rename(folder, gone)  # at once: another run may look
+        DISK.remove_tree(gone)
+    for name in DISK.names(folder.parent):
+        left = folder.with_name(name)
+        if name.startswith(f"{folder.name}.tmp-") and time.time() - left.lstat().st_mtime > _LEFT_FOR_S:
+            DISK.remove_tree(left)
 
 
 def _commit(ranks: Ranks, aside: Path, folder: Path, key: str, about: Any, splits: dict[str, list[Shard]]) -> None:
     if not ranks.is_main:
         return
     commit(aside, key, about, splits)
-    DISK.remove_tree(folder)  # what could not be used
-    DISK.rename(aside, folder)
-    DISK.sync_folder(folder.parent)
+    if not DISK.exists(folder):  # else another run was faster: what it has is the same
+        DISK.rename(aside, folder)
+        DISK.sync_folder(folder.parent)
 
 
 def _features(training: Training, cut: Cut, dataset: Dataset) -> Iterator[list[torch.Tensor]]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bigtrain.dist import join
 from bigtrain.engines.averaging import Averaged
-from bigtrain.errors import StateError
+from bigtrain.errors import DivergedError, StateError
+from bigtrain.health.replicas import Replicas
 from bigtrain.loop import evaluate, train_step
 from bigtrain.state import MemoryReader
 from tests.helpers import zoo
@@ -112,6 +113,22 @@ def trains_as_without(layout: str) -> None:
 @pytest.mark.parametrize(("layout", "world_size"), [("single", 1), ("ddp", 2), ("fsdp", 2), ("zero2", 2), ("zero3", 2)])
 def test_a_training_does_not_notice_them(layout: str, world_size: int) -> None:
     run_distributed(trains_as_without, world_size, layout)
+
+
+def nudge_one_copy() -> None:
+    with join("cpu", needs_group=True) as world:
+        engine = averaged("ddp", world)
+        steps(engine, world, range(2))
+        replicas = Replicas(world, engine.state, 1)
+        replicas.compare(2)
+        piece = next(piece for piece in engine.state().pieces if piece.key == ("ema", "mix"))
+        piece.data[0, 0] += world.rank
+        replicas.compare(3)
+
+
+def test_a_copy_of_an_average_that_differs_between_ranks_is_found() -> None:
+    with pytest.raises(DivergedError, match="ema mix"):
+        run_distributed(nudge_one_copy, 2)
 
 
 def keep(layout: str, folder: str) -> None:

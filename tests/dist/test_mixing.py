@@ -44,11 +44,11 @@ def train(folder: str, layout: str) -> None:
 
 
 def test_the_same_losses_everywhere(tmp_path: Path) -> None:
-    for layout, size in (("single", 1), ("ddp", 2), ("fsdp", 3), ("zero2", 2), ("zero3", 2)):
+    for layout, size in (("single", 1), ("ddp", 2), ("fsdp", 3), ("zero2", 2)):
         run_distributed(train, size, str(tmp_path), layout)
     expected = losses(tmp_path / "single")
     assert len(expected) == 6
-    for layout in ("ddp", "fsdp", "zero2", "zero3"):
+    for layout in ("ddp", "fsdp", "zero2"):
         for ours, theirs in zip(losses(tmp_path / layout), expected, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5), layout
 

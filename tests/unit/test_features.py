@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch import nn
 
 import bigtrain
 from bigtrain.checkpoint import find, open_checkpoint
-from bigtrain.errors import BigtrainError, CombinationError, SaveError
+from bigtrain.errors import BigtrainError, CombinationError, RankError, SaveError
 from bigtrain.evaluating import evaluate, find_checkpoint, opened
 from tests.helpers import transfer
+from tests.helpers.distributed import run_distributed
 from tests.helpers.resuming import BrokenOffError, break_off, losses
 
 
@@ -195,18 +197,38 @@ def test_what_is_not_whole_is_computed_anew(tmp_path, without, kept, name, damag
     }
 
 
-def test_what_a_writer_that_was_killed_left_is_no_cache(tmp_path, monkeypatch):
+def killed_before_the_commit(folder: str) -> None:
     from bigtrain.features import using
 
-    def killed(*args: Any) -> None:
-        raise KeyboardInterrupt
+    using.commit = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+    bigtrain.train(config(Path(folder), "first"))
 
-    with monkeypatch.context() as patched:
-        patched.setattr(using, "commit", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train(config(tmp_path, "first"))
+
+def test_what_a_writer_that_was_killed_left_is_no_cache(tmp_path):
+    with pytest.raises(RankError, match="died with exit code -9"):
+        run_distributed(killed_before_the_commit, 1, str(tmp_path))
     assert [path.name[32:37] for path in (tmp_path / "features").iterdir()] == [".tmp-"]
     assert train(config(tmp_path, "second"))[1] >= 901
+    (left,) = (tmp_path / "features").glob("*.tmp-*")  # it might still be written
+    os.utime(left, (0, 0))
+    shutil.rmtree(next(path for path in (tmp_path / "features").iterdir() if path != left))
+    train(config(tmp_path, "third"))
+    assert not left.exists()
+
+
+def test_another_run_that_was_faster_is_taken_at_its_word_when_it_is_whole(tmp_path, without, kept, monkeypatch):
+    from bigtrain.features import using
+
+    commit = using.commit
+
+    def late(folder: Path, key: str, *arguments: Any) -> None:
+        commit(folder, key, *arguments)
+        shutil.copytree(kept / key, tmp_path / "features" / key)
+
+    monkeypatch.setattr(using, "commit", late)
+    run, _ = train(config(tmp_path, "run"))
+    assert_same(run, without)
+    assert len(list((tmp_path / "features").iterdir())) == 1
 
 
 def test_features_of_another_code_are_computed_anew(tmp_path, kept, monkeypatch):
