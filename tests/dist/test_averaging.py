@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+import bigtrain
+from bigtrain.checkpoint import find, open_checkpoint
 from bigtrain.dist import join
 from bigtrain.engines.averaging import Averaged
 from bigtrain.errors import DivergedError, StateError
 from bigtrain.health.replicas import Replicas
 from bigtrain.loop import evaluate, train_step
-from bigtrain.state import MemoryReader
+from bigtrain.state import MemoryReader, whole
+from tests.dist.test_resuming import values
 from tests.helpers import zoo
 from tests.helpers.distributed import run_distributed
 from tests.helpers.engines import assert_same_state, build, everything, train
@@ -194,3 +197,32 @@ def test_an_average_of_another_shape_is_refused_and_nothing_is_loaded() -> None:
         assert "different: ema mix is (2, 2)" in str(caught.value)
         assert "extra: ema gone" in str(caught.value)
         assert_same_state(everything(engine, world), before)
+
+
+def train_part(folder: str, name: str, layout: str, steps: int) -> None:
+    made = values(folder, layout, steps)
+    made["run"]["name"] = name
+    made["optim"]["ema"] = {"decay": 0.9}
+    made["data"]["eval"], made["eval"] = {"split": 0.2}, {"every_steps": 4}
+    bigtrain.train(made)
+
+
+def kept(folder: Path, kind: str) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    with open_checkpoint(find(folder / "checkpoints")[0]) as reader:
+        for (own, name), spec in reader.index.items():
+            if own == kind:
+                found[name] = torch.empty(spec.shape, dtype=spec.dtype)
+                reader.read_into(own, name, whole(spec.shape), found[name])
+    return found
+
+
+@pytest.mark.slow
+def test_a_run_handed_from_engine_to_engine_has_the_averages_of_one_process(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    run_distributed(train_part, 1, folder, "one", "single", 12)
+    for steps, layout in ((6, "fsdp"), (12, "zero3")):
+        run_distributed(train_part, 2, folder, "moved", layout, steps)
+    for kind in ("weight", "ema"):
+        one, moved = (kept(tmp_path / "runs" / name, kind) for name in ("one", "moved"))
+        assert zoo.distance(moved, one) < 1e-5, kind
