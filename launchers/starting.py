@@ -114,7 +114,7 @@ class Agent:
     def _pass_on(self, stream: IO[bytes]) -> None:
         """Copy rank 0's lines to the terminal and its log, the agent's own lines to another."""
         all_its_own = False
-        with self.log.open("ab") as agents, self.log.with_name("rank-00000.stderr").open("ab") as ranks:
+        with stream, self.log.open("ab") as agents, self.log.with_name("rank-00000.stderr").open("ab") as ranks:
             for line in stream:
                 all_its_own = all_its_own or bool(self._failed and self._failed.match(line))
                 is_agents = all_its_own or bool(self._speaks.match(line))
