@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -174,7 +175,7 @@ def _check_not_live(path: Path) -> None:
         raise RunFolderError(
             f"the run {path.name} is in use by {holder}",
             where=str(path),
-            remedy=f"wait for it or stop it; or train under another name, as with run.name={_free_name(path)}",
+            remedy=f"wait for it or stop it; or train under another name, as with {_free_name(path)}",
         )
 
 
@@ -283,15 +284,16 @@ def _check_can_be_made(path: Path) -> None:
 
 
 def _taken(path: Path, problem: str, way_on: str = "") -> RunFolderError:
-    remedy = f"train under another name, as with run.name={_free_name(path)}, or delete the folder {path}"
+    remedy = f"train under another name, as with {_free_name(path)}, or delete the folder {path}"
     return RunFolderError(problem, where=str(path), remedy=f"{way_on};\nor {remedy}" if way_on else remedy)
 
 
 def _free_name(path: Path) -> str:
+    """A change that names the run otherwise, as a shell takes it."""
     number = 2
     while path.with_name(f"{path.name}-{number}").exists():
         number += 1
-    return f"{path.name}-{number}"
+    return shlex.quote(f"run.name={path.name}-{number}")
 
 
 def _cannot(verb: str, path: Path, error: OSError) -> RunFolderError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def check_no_job(path: Path) -> None:
 
 def useful_commands(path: Path) -> str:
     """What can be done with a run that was started, for the user to copy."""
-    name = path.name if path.parent.name == "runs" else str(path)
+    name = shlex.quote(path.name if path.parent.name == "runs" else str(path))
     rows = [
         (f"bigtrain runs logs {name} -f", "follow it"),
         (f"bigtrain runs show {name}", "how it stands"),

@@ -19,7 +19,13 @@ Folder = Annotated[Path, typer.Option("--dir", help="The folder of all runs.", m
 
 
 @app.command("list")
-def list_runs(folder: Folder = Path("runs")) -> None:
+def list_runs(
+    folder: Folder = Path("runs"),
+    sort: Annotated[
+        str | None,
+        typer.Option("--sort", help="A metric, as eval/accuracy: the best first, and shown.", metavar="METRIC"),
+    ] = None,
+) -> None:
     """List the runs of a folder, the newest first."""
     from launchers.follow import standing
 
@@ -27,11 +33,43 @@ def list_runs(folder: Folder = Path("runs")) -> None:
     if not paths:
         typer.echo(f"there are no runs in {folder}")
         return
-    rows = [("name", "state", "step", "loss", "since", "where")]
-    for found, path in sorted(((standing(path), path) for path in paths), key=lambda pair: -pair[0].since):
-        numbers = ("" if found.step is None else str(found.step), "" if found.loss is None else f"{found.loss:.4f}")
+    stands = sorted(((standing(path), path) for path in paths), key=lambda pair: -pair[0].since)
+    values = _values(paths, sort) if sort else {}
+    if sort:  # runs without the metric come last, the newest first
+        stands.sort(key=lambda pair: _rank(sort, values.get(pair[1])))
+    rows: list[tuple[str, ...]] = [("name", "state", "step", "loss", *([sort] if sort else []), "since", "where")]
+    for found, path in stands:
+        numbers = ["" if found.step is None else str(found.step), "" if found.loss is None else f"{found.loss:.4f}"]
+        if sort:
+            numbers.append(f"{values[path]:.4f}" if path in values else "")
         rows.append((path.name, found.state, *numbers, _time(found.since), found.where))
     _table(rows)
+
+
+def _values(paths: Sequence[Path], metric: str) -> dict[Path, float]:
+    """The last value of a metric in the runs that have it.
+
+    Raises:
+        UserError: Where none has.
+    """
+    from bigtrain.errors import UserError
+    from bigtrain.named import suggest
+    from bigtrain.tracking.reading import load_run
+
+    of_runs = {path: load_run(path).metrics for path in paths}
+    found = {path: float(metrics[metric].values[-1]) for path, metrics in of_runs.items() if metric in metrics}
+    if not found:
+        known = sorted({name for metrics in of_runs.values() for name in metrics})
+        raise UserError(f"no run here has {metric!r}", where="--sort", remedy=suggest(metric, known, "metrics"))
+    return found
+
+
+def _rank(metric: str, value: float | None) -> tuple[bool, float]:
+    from bigtrain.metrics import is_better_when_small
+
+    if value is None or value != value:
+        return True, 0.0
+    return False, value if is_better_when_small(metric) else -value
 
 
 @app.command()

@@ -10,8 +10,8 @@ _SIZES = ("B", "kB", "MB", "GB", "TB")
 
 
 def escape(text: object) -> str:
-    """Text for HTML, in an attribute as well."""
-    return html.escape(str(text), quote=True)
+    """Text for HTML, in an attribute as well; bytes of a file's name that are no text are shown as ?."""
+    return html.escape(str(text).encode(errors="replace").decode(), quote=True)
 
 
 def number(value: float) -> str:

@@ -11,6 +11,7 @@ import pytest
 
 from bigtrain.cli.sweep import make_points, split_values
 from bigtrain.errors import UserError
+from bigtrain.report import write_report
 
 ROOT = Path(__file__).parents[3]
 RUN_FILE = """
@@ -128,3 +129,25 @@ def test_the_shell_completes(folder: Path, words: str, expected: str) -> None:
         check=False,
     )
     assert expected in done.stdout.split("\n"), done.stdout + done.stderr
+
+
+def test_runs_sorted_by_a_metric_and_names_that_are_hard_to_write(folder: Path) -> None:
+    for name, metric in (("a b", 0.5), ("best", 0.9), ("worst", 0.1), ("none", None)):
+        run = folder / "runs" / name
+        (run / "attempts/0").mkdir(parents=True)
+        row = '{"step": 3, "loss": 0.5, "epoch": 0}\n'
+        last = "" if metric is None else f'{{"step": 3, "epoch": 0, "eval/accuracy": {metric}}}\n'
+        (run / "metrics.jsonl").write_text(row + last)
+    listed = bigtrain(folder, "runs", "list", "--sort", "eval/accuracy").splitlines()
+    assert [line.split("  ")[0] for line in listed[1:]] == ["best", "a b", "worst", "none"]
+    assert "0.9000" in listed[1]
+    assert "did you mean eval/accuracy?" in bigtrain(folder, "runs", "list", "--sort", "eval/acuracy", code=2)
+
+
+def test_a_report_of_a_run_whose_name_is_no_text(folder: Path) -> None:
+    name = os.fsdecode(b"runs/\xff\xfebad")
+    (folder / name / "attempts/0").mkdir(parents=True)
+    (folder / name / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 0.5, "epoch": 0}\n\xff\xfe\n')
+    page = write_report(folder / name).read_text(encoding="utf-8")
+    assert "??bad" in page
+    assert "1 line of metrics.jsonl are damaged" in page
