@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -297,9 +298,8 @@ class Loop:
 
     def _raise_if(self, seen: Any) -> None:
         if seen is not None:
-            with self._engine.microbatch(last=False):
-                error = explain(seen, self._world, self._engine.model, self._task, self._backward_alone)
-            raise error
+            computing = partial(self._engine.microbatch, last=False)  # sends no gradients where it can wait with that
+            raise explain(seen, self._world, self._engine.model, self._task, computing, self._backward_alone)
 
     def _backward_alone(self, batch: Batch) -> None:
         self._engine.backward(self._task.loss(self._engine.model, batch))

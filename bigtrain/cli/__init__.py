@@ -6,8 +6,10 @@ command that needs torch, or the schema, imports it in its body.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -63,15 +65,28 @@ def _global_options(
     _wants_traceback = debug
 
 
+# What a disk refuses with: the place and the reason say all there is to say.
+_REFUSALS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
+
+
 def main() -> None:
-    """Run the command line; an error of ours is told in a few lines and sets the exit code."""
+    """Run the command line; an error of ours is told in a few lines and sets the exit code, and so is a disk's."""
     try:
         app()
     except BigtrainError as error:
-        if _wants_traceback:
-            import traceback
+        _end(error)
+    except OSError as error:
+        if error.errno not in _REFUSALS or error.filename is None:
+            raise
+        remedy = "give a place that you may write to, with room for it"
+        _end(BigtrainError(f"{error.strerror}: {os.fsdecode(error.filename)}", remedy=remedy))
 
-            traceback.print_exc()
-        for part in error.problems if isinstance(error, ConfigError) else [error]:
-            print(f"error: {part}", file=sys.stderr)
-        sys.exit(error.exit_code)
+
+def _end(error: BigtrainError) -> NoReturn:
+    if _wants_traceback:
+        import traceback
+
+        traceback.print_exc()
+    for part in error.problems if isinstance(error, ConfigError) else [error]:
+        print(f"error: {part}".encode(errors="backslashreplace").decode(), file=sys.stderr)
+    sys.exit(error.exit_code)

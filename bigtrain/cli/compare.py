@@ -37,6 +37,7 @@ def compare(
     compared = put_beside([find_run(run, folder) for run in runs])
     print_comparison(compared)
     if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(html, compared.html())
         typer.echo(f"\n{html}")
 

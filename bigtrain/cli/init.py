@@ -35,6 +35,7 @@ def init(
     if out.exists() and not force:
         remedy = f"name another file, as -o {out.stem}-2.yaml, or take --force to replace it"
         raise UserError(f"{out} is there already", where="--out", remedy=remedy)
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, text)
     typer.echo(
         f"{out}\ncheck it: bigtrain config check {out}\ntry it:   bigtrain try {out}\ntrain:    bigtrain launch {out}"

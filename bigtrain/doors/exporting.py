@@ -57,6 +57,8 @@ def export(
         reader.check_averages()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(probe := out.with_name(f".{out.name}.{os.getpid()}"), os.O_CREAT | os.O_WRONLY))
+        probe.unlink()  # torch's own writer says of a place that takes nothing only that something failed
         merges = form in _MERGED and adapters.adapter_of(reader.extra) is not None
         watched = (adapters.Merged if merges else Watched)(reader, progress, averaged=averaged)
         if base is not None:

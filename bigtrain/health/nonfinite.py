@@ -7,6 +7,7 @@ batch. Here it is read, one step later on a GPU, and told to the user.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +73,12 @@ class NonFiniteWatch:
 
 
 def explain(
-    seen: _Seen, world: World, model: nn.Module, task: Task, backward: Callable[[Batch], None] | None = None
+    seen: _Seen,
+    world: World,
+    model: nn.Module,
+    task: Task,
+    computing: Callable[[], AbstractContextManager[object]],
+    backward: Callable[[Batch], None],
 ) -> NonFiniteError:
     """Find out which rank and samples gave a loss or a gradient that is not finite. Every rank must call it.
 
@@ -85,15 +91,17 @@ def explain(
         world: The ranks.
         model: What the engine's forward is called by.
         task: Says what the loss is.
-        backward: Adds the gradient of a microbatch, and sends it to nobody where the engine can wait with that.
+        computing: Is around what is computed, as it was in the step.
+        backward: Adds the gradient of a microbatch.
     """
-    mine = [_samples(b) for b in seen.microbatches if not _loss_is_finite(model, task, b)]
+    with computing():
+        mine = [_samples(b) for b in seen.microbatches if not _loss_is_finite(model, task, b)]
     found = world.all_gather_object(mine)
     lines = [f"rank {rank}: samples {_shorten(samples)}" for rank, bad in enumerate(found) for samples in bad]
     cause = "the loss is not finite"
     if not lines:
         cause = "the gradient is not finite, though the loss is"
-        gradients = world.all_gather_object(_bad_gradients(model, seen.microbatches, backward) if backward else None)
+        gradients = world.all_gather_object(_bad_gradients(model, seen.microbatches, computing, backward))
         lines = [f"rank {rank}: {bad}" for rank, bad in enumerate(gradients) if bad]
     return NonFiniteError(
         f"{cause} in step {seen.step + 1}, which changed no weights",
@@ -103,7 +111,12 @@ def explain(
     )
 
 
-def _bad_gradients(model: nn.Module, batches: Sequence[Batch], backward: Callable[[Batch], None]) -> str | None:
+def _bad_gradients(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    computing: Callable[[], AbstractContextManager[object]],
+    backward: Callable[[Batch], None],
+) -> str | None:
     """The parameters whose gradients are not finite in the first microbatch that has any, and its samples.
 
     An engine that reduces gradients at once has the same ones on all ranks, of its own shards; DeepSpeed keeps them to
@@ -114,7 +127,8 @@ def _bad_gradients(model: nn.Module, batches: Sequence[Batch], backward: Callabl
         parameter.grad = None
     found = None
     for batch in batches:
-        backward(batch)
+        with computing():
+            backward(batch)
         bad = [name for name, p in named.items() if p.grad is not None and not _local(p.grad).isfinite().all()]
         if bad and found is None:
             more = f" … ({len(bad)} in all)" if len(bad) > 3 else ""
