@@ -11,6 +11,7 @@
     │   └── RunFolderError           a run folder is in use, finished, or not one of ours
     └── TrainingError                found while training; exit code 1
         ├── NonFiniteError           a loss or gradient norm that is not finite
+        ├── SpikeError               the loss leaps again and again
         ├── OutOfMemoryError         the device or the host ran out of memory
         ├── StateError               a state does not fit the model or optimizer
         ├── FreezeError              what is frozen moved, or what trains did not
@@ -142,6 +143,10 @@ class TrainingError(BigtrainError):
 
 class NonFiniteError(TrainingError):
     """A loss or gradient norm that is not finite; the weights are those of the step before."""
+
+
+class SpikeError(TrainingError):
+    """The loss leaps again and again, though the run went back and left out the batches."""
 
 
 class OutOfMemoryError(TrainingError):

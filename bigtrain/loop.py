@@ -26,6 +26,7 @@ from bigtrain.health.nonfinite import NonFiniteWatch, explain
 from bigtrain.health.pulse import Pulse
 from bigtrain.health.replicas import Replicas
 from bigtrain.health.signals import stop_on_signals
+from bigtrain.health.spikes import Spike, SpikeWatch
 from bigtrain.optim import Schedule
 from bigtrain.progress import Cadence, Examples, Hook, Outcome, Saver, SavesNothing, StepInfo, TrainBatch
 from bigtrain.protocols import Batch, LossSum, Task
@@ -99,6 +100,11 @@ class Loop:
         compare_every: After how many steps the copies that ranks hold are compared; None: never.
         forward_waits: Whether ranks wait for one another in a forward pass.
         goals: When to stop early, and which evaluation is the best; None where there are none.
+        spikes: Looks at the losses; None leaves them alone.
+
+    Attributes:
+        outcome: How far the run has come.
+        spike: The loss that leapt and is to be undone, at which the loop has ended.
     """
 
     def __init__(
@@ -122,6 +128,7 @@ class Loop:
         compare_every: int | None = None,
         forward_waits: bool = False,
         goals: Goals | None = None,
+        spikes: SpikeWatch | None = None,
     ) -> None:
         self._engine, self._task, self._world = engine, task, world
         self._pulse = pulse or Pulse()
@@ -132,6 +139,8 @@ class Loop:
         self._trackers, self._hooks, self._after_step = trackers, hooks, after_step
         self._agreement = Agreement(world)
         self._watch = NonFiniteWatch(world, on_nonfinite)
+        self._spikes = spikes or SpikeWatch(None)
+        self.spike: Spike | None = None
         self._meter = Meter(world)
         self._saver = saver or SavesNothing()
         self._goals = goals or Goals(world)
@@ -143,7 +152,7 @@ class Loop:
         self._phase = phase_at(self.outcome.steps, self.outcome.position[0]) if phase_at else 0
 
     def run(self) -> Outcome:
-        """Train to the end, to the end of a phase, or to a step boundary at which all ranks agreed to stop.
+        """Train to the end, to the end of a phase, to a spike, or to where all ranks agreed to stop.
 
         Raises:
             NonFiniteError: On every rank in the same step.
@@ -156,18 +165,19 @@ class Loop:
             self.outcome.evaluation = self._evaluate(self.outcome.steps, self.outcome.position[0])
         try:
             with stop_on_signals(self._agreement):
-                while not (self._is_done() or self._ends_phase() or self.outcome.stopped):
+                while not (self._is_done() or self._ends_phase() or self.outcome.stopped or self.spike):
                     self._one_step()
                     if self.outcome.steps == first and self._world.size > 1:
                         check_buffers(self._world, self._engine.state().pieces)
                 self._raise_if(self._watch.last())
+                self._look_for_spikes()
                 self._note(SAVING)
                 self._replicas.compare(self.outcome.steps)
-                if self._ends_phase() and not self._is_done():
-                    # What ranks have wished for since the last step would be lost with this loop.
-                    wishes = [self._agreement.decide(), self._agreement.decide()]
-                    self.outcome.stopped |= any(agreed.stop for agreed in wishes)
-                    self.outcome.again |= any(agreed.again for agreed in wishes)
+                if self.spike:
+                    self._hear_last_wishes()
+                    self._saver.settle()
+                elif self._ends_phase() and not self._is_done():
+                    self._hear_last_wishes()
                     self._saver.commit(self.outcome)
                 else:
                     self._saver.finish(self.outcome)
@@ -178,6 +188,22 @@ class Loop:
         self._meter.close()
         self.outcome.is_done = self._is_done()
         return self.outcome
+
+    def _hear_last_wishes(self) -> None:
+        """What ranks have wished for since the last step would be lost with this loop."""
+        wishes = [self._agreement.decide(), self._agreement.decide()]
+        self.outcome.stopped |= any(agreed.stop for agreed in wishes)
+        self.outcome.again |= any(agreed.again for agreed in wishes)
+
+    def _look_for_spikes(self) -> None:
+        """Tell of losses that leapt since the last look; every rank sees the same ones."""
+        for spike in self._spikes.look():
+            for tracker in self._trackers:
+                row = {"step": spike.step, "event": "spike", "text": str(spike), "time": round(time.time(), 3)}
+                tracker.log(row)
+            if self._spikes.rolls_back:
+                self.spike = spike
+        self.outcome.recent = self._spikes.recent
 
     def _is_done(self) -> bool:
         return self.outcome.steps >= self._cadence.total_steps or self._goals.stops(self.outcome.standings)
@@ -202,6 +228,7 @@ class Loop:
         self.outcome.position = data.end
         if self._after_step is not None:
             self._after_step(self.outcome.steps, result.skipped)
+        self._spikes.observe(self.outcome.steps, result.loss, data.end)
         self._meter.step(data.num_samples, waited)
         self._after(result, data, lr_scale)
         self._agree()
@@ -226,16 +253,23 @@ class Loop:
         if self._replicas.is_due(self.outcome.steps):
             self._replicas.compare(self.outcome.steps)
         if (agreed.save or self._is_best or self._saver.is_due(self.outcome.steps)) and not agreed.stop:
-            self._raise_if(self._watch.last())  # no checkpoint of a step that must not have been
-            self.outcome.num_skipped = self._watch.num_skipped
-            self._note(SAVING)
-            self._replicas.compare(self.outcome.steps)
-            began = time.perf_counter()
-            self._saver.save(self.outcome)
-            self._meter.saved(time.perf_counter() - began)
+            self._save()
         self.outcome.num_skipped = self._watch.num_skipped
         is_left = not self._is_done()  # a run that has come to its end is done, whoever asks it to stop
         self.outcome.stopped, self.outcome.again = agreed.stop and is_left, agreed.again and is_left
+
+    def _save(self) -> None:
+        """Save a checkpoint, unless a step before it must not have been."""
+        self._raise_if(self._watch.last())
+        self._look_for_spikes()
+        if self.spike:
+            return
+        self.outcome.num_skipped = self._watch.num_skipped
+        self._note(SAVING)
+        self._replicas.compare(self.outcome.steps)
+        began = time.perf_counter()
+        self._saver.save(self.outcome)
+        self._meter.saved(time.perf_counter() - began)
 
     def _after(self, result: StepResult, data: TrainBatch, lr_scale: float) -> None:
         step, cadence = self.outcome.steps, self._cadence
@@ -244,6 +278,7 @@ class Loop:
         due = [hook for hook in self._hooks if step % hook.every == 0]
         if step % cadence.log_every == 0 or is_last:
             self._log(result, data.epoch, lr_scale, is_last=is_last)
+            self._look_for_spikes()
         if is_eval:
             self.outcome.evaluation = self._evaluate(step, data.epoch)
         self._is_best = is_eval and self._goals.see(self.outcome.evaluation, step, self.outcome.standings)

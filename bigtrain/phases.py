@@ -22,7 +22,9 @@ from bigtrain.dist import World
 from bigtrain.errors import CheckpointError
 from bigtrain.features import Cached, use_features
 from bigtrain.finetune.proof import Phase, PhaseProof
+from bigtrain.health.spikes import Spike
 from bigtrain.pretrained import LoadReport, start_from
+from bigtrain.progress import Outcome
 from bigtrain.resuming import OtherPhaseError, Resumed, phase_of, resume
 from bigtrain.trainer import Subject, Training, assemble
 
@@ -45,6 +47,7 @@ class Phases:
 
     started: LoadReport | None = None
     _cached: Cached | None = None
+    resumed: Resumed | None = None
 
     def __init__(
         self, config: Config, world: World, subject: Subject, folder: Path, adapt: Callable[[nn.Module], object]
@@ -60,6 +63,19 @@ class Phases:
         """Build the next phase, which begins where the newest checkpoint ends."""
         self._forget()
         self._build(resumes=True)
+
+    def roll_back(self, spike: Spike) -> None:
+        """Build the training anew as it was before a spike, to go on with the data after it.
+
+        It goes on from the newest checkpoint, or from the beginning where there is none: no checkpoint is ever saved
+        of a spike or what follows it.
+        """
+        self._forget()
+        self._build(resumes=True)
+        done = self.resumed.outcome if self.resumed else Outcome()
+        done.position = spike.end
+        self.resumed = Resumed(done, self.resumed.path if self.resumed else self._folder, [])
+        self.training.go_on_from(done)
 
     @property
     def words(self) -> list[str]:
@@ -77,7 +93,7 @@ class Phases:
             self.training.close()
 
     def _build(self, *, resumes: bool) -> None:
-        self.resumed: Resumed | None = None
+        self.resumed = None
         phase = self._expected() if resumes else 0
         while True:
             built = assemble(self._config, self._world, self._subject, adapt=self._adapt, phase=phase)

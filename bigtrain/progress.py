@@ -137,6 +137,7 @@ class Outcome:
         position: Where the next step begins in the data: the epoch, and how many of its samples have been consumed.
         standings: What has come of the run's goals, by name.
         is_done: Whether the run has come to its end: to its last step, or to an early one.
+        recent: The losses of the last steps, with which the next ones are compared.
     """
 
     steps: int = 0
@@ -148,6 +149,7 @@ class Outcome:
     position: tuple[int, int] = (0, 0)
     standings: dict[str, Standing] = field(default_factory=dict)
     is_done: bool = False
+    recent: list[float] = field(default_factory=list, repr=False)
 
 
 class Saver(Protocol):

@@ -16,6 +16,7 @@ import torch
 from bigtrain import engines
 from bigtrain.checkpoint import find
 from bigtrain.checkpoint.folders import step_of
+from bigtrain.config.schema import Config
 from bigtrain.dist import join
 from bigtrain.doors import open_whole
 from bigtrain.errors import RunFolderError
@@ -74,6 +75,8 @@ def replay(
                 say(text)
 
         done = _load(training, path, tell)
+        done.position = _position_of(run, done)
+        training.go_on_from(done)
         rows = _Rows(run, tell)
         loop = _loop(training, done, step, rows, stop_before=stop_before)
         with torch.autograd.set_detect_anomaly(True) if detect_anomaly else nullcontext():
@@ -103,9 +106,14 @@ def _load(training: Training, path: Path | None, tell: Say) -> Outcome:
             tell("the checkpoint was brought in: random numbers (dropout's) are other ones here")
         else:
             tell(f"the run had {reader.num_writers} processes: random numbers (dropout's) are other ones here")
-        outcome = Outcome(reader.step, kept["samples"], position=(kept["position"][0], kept["position"][1]))
-    training.go_on_from(outcome)
-    return outcome
+        return Outcome(reader.step, kept["samples"], position=(kept["position"][0], kept["position"][1]))
+
+
+def _position_of(run: RunRecord, done: Outcome) -> tuple[int, int]:
+    """Where the run went on in its data: further on than its checkpoint says, where a spike led back to that."""
+    led_back = [row for row in run.events if row["event"] == "rollback" and row["step"] == done.steps]
+    epoch, offset = led_back[-1]["position"] if led_back else done.position
+    return epoch, offset
 
 
 def _loop(training: Training, done: Outcome, step: int, rows: _Rows, *, stop_before: bool) -> Loop:
@@ -118,8 +126,14 @@ def _loop(training: Training, done: Outcome, step: int, rows: _Rows, *, stop_bef
         breakpoint()
     # The schedule keeps the run's own length; only the loop ends sooner, and evaluates where the run did.
     cadence = training.cadence
+    training.config = _telling_of_spikes(training.config)
     training.cadence = Cadence(step, 1, cadence.eval_every_steps, cadence.eval_every_epochs, cadence.phase_at)
     return training.loop([rows] if training.world.is_main else [], hooks, None, done)
+
+
+def _telling_of_spikes(config: Config) -> Config:
+    """The same run, which passes through a spike to the step that was asked for."""
+    return config.model_copy(update={"health": config.health.model_copy(update={"on_spike": "tell"})})
 
 
 class _Rows:

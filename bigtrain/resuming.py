@@ -90,6 +90,7 @@ def source_of(current: Callable[[], Training]) -> Source:
             "samples": outcome.samples,
             "position": list(outcome.position),
             "num_skipped": outcome.num_skipped,
+            "recent_losses": outcome.recent,
             "evaluation": {name: kept for name, value in outcome.evaluation.items() if (kept := _kept(value)) != []},
             "steps": outcome.steps,
             "standings": {name: asdict(standing) for name, standing in outcome.standings.items()},
@@ -152,6 +153,7 @@ def resume(training: Training, folder: Path) -> Resumed | None:
             num_skipped=kept["num_skipped"],
             position=(kept["position"][0], kept["position"][1]),
             standings={name: Standing(**values) for name, values in kept.get("standings", {}).items()},
+            recent=list(kept.get("recent_losses", ())),
         )
         has_random = reader.num_writers == world.size and "random" in reader.own(world.rank)
         if has_random:

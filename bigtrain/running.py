@@ -19,10 +19,11 @@ from bigtrain.checkpoint.files import Files
 from bigtrain.config.loader import Resolved, dump, from_dict, load
 from bigtrain.config.schema import Config
 from bigtrain.dist import World, join
-from bigtrain.errors import BigtrainError, OutOfMemoryError, SaveError, TrainingError, UserError
+from bigtrain.errors import BigtrainError, OutOfMemoryError, SaveError, SpikeError, TrainingError, UserError
 from bigtrain.health.pulse import Pulse, stop_wished, told
 from bigtrain.health.sameness import check_same
 from bigtrain.health.signals import ignore_from_now_on
+from bigtrain.health.spikes import Spike
 from bigtrain.phases import Phases, begin_proof
 from bigtrain.progress import Hook, Outcome, StepInfo
 from bigtrain.protocols import Dataset, Task
@@ -35,6 +36,9 @@ from bigtrain.tracking.making import check_trackers
 from bigtrain.tracking.reading import read_rows
 from bigtrain.trainer import Subject
 from bigtrain.watching import Graph, Watching
+
+MOST_ROLLED_BACK = 3
+"""How many spikes may lead back to one step."""
 
 
 @dataclass(frozen=True)
@@ -213,17 +217,40 @@ def _all_phases(
         tell=telling.tell,
         files=Files(before=lambda operation, path: pulse.beat()),
     )
+    undone: list[int] = []  # the steps that spikes led back to
     try:
         while True:
-            outcome = _one_phase(phases, folder, keeper, telling, hooks, failing, pulse)
-            if outcome.stopped or outcome.is_done:
+            outcome, spike = _one_phase(phases, folder, keeper, telling, hooks, failing, pulse)
+            if outcome.stopped or (outcome.is_done and not spike):
                 keeper.close()
                 return outcome
-            phases.next()
+            if spike:
+                _roll_back(phases, spike, undone, telling)
+            else:
+                phases.next()
     finally:
         if world.size == 1:  # several ranks could wait here for one that has failed
             with suppress(SaveError):
                 keeper.settle()
+
+
+def _roll_back(phases: Phases, spike: Spike, undone: list[int], telling: Telling) -> None:
+    """Undo a spike, unless others before it led back to the same step. Every rank must call it.
+
+    Raises:
+        SpikeError: Where the loss leaps again and again from there.
+    """
+    phases.roll_back(spike)
+    done = phases.resumed.outcome.steps if phases.resumed else 0
+    undone.append(done)
+    if undone.count(done) > MOST_ROLLED_BACK:
+        raise SpikeError(
+            f"{spike}, in step {spike.step}, and so it was {MOST_ROLLED_BACK} times before from step {done}",
+            where=f"step {spike.step}",
+            remedy="lower optim.lr or set optim.clip_grad_norm; look at the data; or set health.on_spike=tell",
+        )
+    text = f"back to step {done}, without the batches up to that of step {spike.step}"
+    telling.tell({"step": done, "event": "rollback", "text": text, "position": list(spike.end)})
 
 
 def _one_phase(
@@ -234,8 +261,8 @@ def _one_phase(
     hooks: Sequence[Hook],
     failing: Failing,
     pulse: Pulse,
-) -> Outcome:
-    """Train until what is trainable changes, or to the end."""
+) -> tuple[Outcome, Spike | None]:
+    """Train until what is trainable changes, a loss leaps that is to be undone, or to the end."""
     training, resumed = phases.training, phases.resumed
     done = resumed.outcome if resumed else Outcome()
     trained = {name for group in training.plan.groups for name in group.names}
@@ -250,7 +277,7 @@ def _one_phase(
         with stop_wished(folder, loop.ask_to_stop) if training.world.is_main else nullcontext():
             outcome = loop.run()
         failing.examples = loop.examples.found
-        return outcome
+        return outcome, loop.spike
     finally:
         watching.close()
 

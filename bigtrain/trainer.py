@@ -30,6 +30,7 @@ from bigtrain.finetune.freeze import FreezePlan, begins_at, frozen_batchnorms, p
 from bigtrain.fitting import try_first_batch
 from bigtrain.goals import Goals
 from bigtrain.health.pulse import Pulse
+from bigtrain.health.spikes import watch_spikes
 from bigtrain.loop import Loop, evaluate, moved
 from bigtrain.optim import OptimizerPlan, Schedule, make_schedule, plan_optimizer
 from bigtrain.prepare import (
@@ -125,6 +126,7 @@ class Training:
             compare_every=self.config.health.compare_every,
             forward_waits=engines.shards(self.engine.name, self.config.engine.deepspeed.stage),
             goals=goals_of(self.config, self.world),
+            spikes=watch_spikes(self.config.health, done.recent if done else ()),
         )
 
     def go_on_from(self, done: Outcome) -> None:
@@ -344,8 +346,7 @@ def _choices(config: Config, prepared: Prepared, compiled: Sequence[nn.Module]) 
 
 def class_names_of(sets: data_layer.DataSets) -> list[str] | None:
     """The names of the labels, where the data tell."""
-    names = getattr(sets.train, "class_names", None)
-    return [str(name) for name in names] if names else None
+    return [str(name) for name in getattr(sets.train, "class_names", None) or ()] or None
 
 
 def loaders(config: Config, sets: data_layer.DataSets, world: World) -> tuple[TrainLoader, EvalLoader | None]:

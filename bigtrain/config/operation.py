@@ -260,6 +260,12 @@ class Health(Section):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do when a loss or a gradient norm is not finite: stop, or leave that step out."""
 
+    spike_factor: Annotated[float, Field(gt=1)] | None = 5.0
+    """A loss so many times the mean of the last 50 steps', and twice their largest, is a spike; null: none is."""
+
+    on_spike: Literal["tell", "roll_back"] = "tell"
+    """What to do about a spike: tell, or go on from the checkpoint before it without the batches since."""
+
 
 class Profile(Section):
     """Which steps to profile."""

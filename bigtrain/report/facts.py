@@ -201,7 +201,7 @@ def events_table(run: RunRecord) -> str:
     return f'<table class="events">{rows}</table>' if rows else ""
 
 
-_BAD_EVENTS = ("no checkpoint", "warning", "fallback")
+_BAD_EVENTS = ("no checkpoint", "warning", "fallback", "spike", "rollback")
 
 
 def _checkpoints(events: list[dict[str, Any]]) -> str:

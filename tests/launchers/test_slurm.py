@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from bigtrain.runs import read_json
+from bigtrain.tracking import wandb_files
 from tests.helpers import launching
 from tests.helpers.launching import begin, bigtrain, last_step, left_over, numbers, ranks_of, run_file, until
 from tests.helpers.slurm import Cluster
@@ -63,7 +64,8 @@ def test_preempted_twice_out_of_time_once_and_a_rank_killed(cluster: Cluster, tm
     assert whole.returncode == 0, whole.stderr
     path = tmp_path / "runs/broken"
     (tmp_path / "slowly").touch()
-    job = submit(cluster, tmp_path, run_file(tmp_path, "broken", plant=True, **steps))
+    track = {"log_every": 1, "progress": "plain", "wandb": "offline"}
+    job = submit(cluster, tmp_path, run_file(tmp_path, "broken", plant=True, track=track, **steps))
 
     for _ in range(2):
         trains_on(path)
@@ -84,6 +86,20 @@ def test_preempted_twice_out_of_time_once_and_a_rank_killed(cluster: Cluster, tm
     assert numbers(path) == numbers(tmp_path / "runs/whole")
     done = bigtrain(tmp_path, "runs", "show", "broken")
     assert "was ended by SIGKILL" in done.stdout
+    assert_one_run_at_wandb(path, starts=5)
+
+
+def assert_one_run_at_wandb(path: Path, starts: int) -> None:
+    """What five starts left to be sent is one run: every step once, with the number that the run folder has."""
+    run_id = (path / "wandb_id").read_text().strip()
+    folders = sorted((path / "wandb").glob("offline-run-*"))
+    assert len(folders) == starts
+    assert {folder.name.rpartition("-")[2] for folder in folders} == {run_id}
+    rows = [row for log in wandb_files.logs(path, run_id) for row in wandb_files.history(log)]
+    sent = [(int(row["train/step"]), float(row["train/loss"])) for row in rows if "train/loss" in row]
+    losses = [(row["step"], row["loss"]) for row in numbers(path) if "loss" in row]
+    assert [step for step, _ in sent] == [step for step, _ in losses] == list(range(1, 301))
+    assert [loss for _, loss in sent] == pytest.approx([loss for _, loss in losses], rel=1e-12)
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
