@@ -69,14 +69,20 @@ def test_what_cannot_be_balanced_is_refused(scans):
             Classification(class_weights=wrong)
 
 
-def test_the_run_file_for_scans_weighs_and_finds_the_rare(scans, tmp_path, monkeypatch):
+VIT = "{image_size: 24, patch_size: 8, num_layers: 1, num_heads: 2, hidden_dim: 16, mlp_dim: 32, num_classes: 3}"
+
+
+@pytest.mark.parametrize(("model", "args"), [
+    (f"{__name__}:small", "{num_classes: 3}"), ("torchvision.models.vision_transformer:VisionTransformer", VIT),
+])  # fmt: skip
+def test_the_run_file_for_scans_weighs_and_finds_the_rare(scans, tmp_path, monkeypatch, model, args):
     """As it stands, but for smaller pictures, a smaller model and weights from a run instead of torchvision's."""
     monkeypatch.chdir(tmp_path)
     small = [
         *(f"data.args.root={scans}", "data.batch_size=16", "engine.device=cpu", "track.progress=none"),
         *("train.epochs=6", "optim.lr=0.01", "optim.schedule.warmup_steps=1", "optim.ema.decay=0.5", "run.name=run"),
         *(f"data.transforms.{split}.0.args.size=[24, 24]" for split in ("train", "eval")),
-        *(f"model.name={__name__}:small", "model.args.num_classes=3", "finetune.init_from=null"),
+        *(f"model={{name: '{model}', args: {args}}}", "finetune.init_from=null"),
     ]
     assert load(ROOT / "configs/medical_images.yaml").config.finetune.init_from == "torchvision/IMAGENET1K_V1"
     run = bigtrain.train(ROOT / "configs/medical_images.yaml", small)
