@@ -67,8 +67,9 @@ def test_a_run_that_is_broken_off_ends_at_the_same_step(tmp_path, at):
 def test_a_run_that_has_ended_goes_on_with_more_patience_alone(tmp_path):
     values = config(tmp_path, SCORES, eval={"early_stop": {"metric": "score", "patience": 3}})
     assert bigtrain.train(values).outcome.steps == 7
-    with pytest.raises(RunFolderError, match="is finished"):
+    with pytest.raises(RunFolderError, match="is finished") as caught:
         bigtrain.train(values)
+    assert "give eval.early_stop more patience" in (caught.value.remedy or "")
     values["train"] = {"steps": STEPS - 1}  # less is asked for, and it is finished all the same
     with pytest.raises(RunFolderError, match="is finished"):
         bigtrain.train(values)
