@@ -249,6 +249,7 @@ def build_data(config: Config, subject: Subject = Subject()) -> data_layer.DataS
     }
     share_or_named: Any = None if data.eval == "none" else getattr(data.eval, "split", data.eval)
     if subject.data is None:
+        models.look_at(config.model.name)  # among whose files the tokenizer is
         folder = hugging_face_folder(config.model.name)
         return data_layer.build(data.name, data.args, evaluation=share_or_named, tokenizer=folder, **options)
     if isinstance(subject.data, tuple):

@@ -90,6 +90,7 @@ def clashes(config: Config, *, launched: bool) -> Iterator[Clash]:
     yield from of_features(config)
     yield from _of_blocks(config)
     yield from of_saving(config)
+    yield from of_adapter(config)
 
 
 def refuse(found: Iterable[Clash]) -> None:
@@ -151,6 +152,16 @@ def of_saving(config: Config) -> Iterator[Clash]:
             "checkpoint.weights=trainable leaves frozen weights in the file that the run began with, and it has none",
             "checkpoint.weights",
             "set it to all, or say what the run begins with (finetune.init_from)",
+        )
+
+
+def of_adapter(config: Config) -> Iterator[Clash]:
+    """An adapter, and the frozen weights that it stands beside; a factory of the user's own may have read them."""
+    if config.finetune.adapter is not None and config.begins_with is None and ":" not in config.model.name:
+        yield Clash(
+            "an adapter trains beside frozen weights, and the run begins with none: they would stay as they were drawn",
+            "finetune.adapter",
+            "say what the run begins with (finetune.init_from), or take the adapter out",
         )
 
 

@@ -216,7 +216,7 @@ class Adapter(Section):
     alpha: PositiveFloat = 16.0
     """What both together add is scaled by alpha / rank."""
 
-    dropout: Factor = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The share of an adapted layer's inputs that the adapter does not see while it trains."""
 
     train: Patterns = ()

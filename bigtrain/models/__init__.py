@@ -58,6 +58,18 @@ def build(name: str, args: Mapping[str, Any] | None = None) -> nn.Module:
     return _checked(model, name)
 
 
+def look_at(name: str) -> None:
+    """Refuse a folder that is none before anything else is looked for in it; of other names nothing is said yet.
+
+    Raises:
+        ModelError: Where there is no such folder, or it describes nothing that can be trained.
+    """
+    if name.startswith(HUGGING_FACE):
+        from bigtrain.models import hugging_face
+
+        hugging_face.look_at(name.removeprefix(HUGGING_FACE))
+
+
 def is_fillable(name: str, args: Mapping[str, Any] | None = None) -> bool:
     """Whether the model answers `init_tensor`, and so can be built without memory and filled piece by piece.
 

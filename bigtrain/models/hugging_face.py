@@ -58,9 +58,7 @@ def build(
         ModelError: Where there is no such folder, or it describes nothing that can be trained so.
         SetupError: Where transformers is not installed.
     """
-    path = Path(folder).expanduser()
-    said = _read(path)
-    _refuse(said, path)
+    path, said = look_at(folder)
     described = _described(path, said, config or {})
     cls, head = _class(described, said, head, num_classes, path)
     if num_classes is not None:
@@ -81,6 +79,18 @@ def build(
             remedy="put right what its config.json or model.args.config says",
         ) from error
     return model
+
+
+def look_at(folder: str) -> tuple[Path, Mapping[str, Any]]:
+    """The folder, and what its config.json says, if there is one that can be trained.
+
+    Raises:
+        ModelError: Where there is none.
+    """
+    path = Path(folder).expanduser()
+    said = _read(path)
+    _refuse(said, path)
+    return path, said
 
 
 def _made(cls: Any, added: type[Loaded], described: Any) -> nn.Module:

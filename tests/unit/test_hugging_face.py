@@ -211,6 +211,20 @@ def test_an_export_says_what_its_numbers_are(place: Path, tmp_path: Path) -> Non
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float64
 
 
+def test_a_folder_that_is_not_there(place: Path) -> None:
+    settings = made.run_file(place, place / "bert", run={"name": "gone", "dir": str(place / "runs")})
+    settings["model"]["name"] = f"hf/{place / 'brt'}"
+    with pytest.raises(ModelError, match="there is no folder"):  # not: no tokenizer
+        bigtrain.train(settings)
+
+
+def test_a_tokenizer_of_another_model(place: Path) -> None:
+    settings = made.run_file(place, place / "bert", run={"name": "other", "dir": str(place / "runs")})
+    settings["data"]["args"] |= {"tokenizer": str(place / "llama"), "max_tokens": 20}
+    with pytest.raises(DataError, match="outside the model's vocabulary of 64"):
+        bigtrain.train(settings)
+
+
 def test_plain_text_by_the_folders_tokenizer(place: Path) -> None:
     (place / "it.txt").write_text("the quick brown fox. " * 40)
     settings = made.run_file(place, place / "llama", run={"name": "text", "dir": str(place / "runs")})

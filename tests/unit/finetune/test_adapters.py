@@ -393,6 +393,22 @@ def test_what_cannot_have_an_adapter() -> None:
         with_adapter(models.build("gpt", GPT), wrong(targets=("lm_head",)))
 
 
+def test_an_adapter_beside_weights_that_were_drawn(place: Path, tmp_path: Path) -> None:
+    settings = gpt(place, run={"name": "none", "dir": str(tmp_path)})
+    del settings["finetune"]["init_from"]
+    with pytest.raises(CombinationError, match="the run begins with none"):
+        bigtrain.train(settings)
+    settings = made.run_file(place, place / "llama", finetune={"adapter": {"targets": ["*.q_proj"]}})
+    settings["model"]["args"] = {"pretrained": False}
+    with pytest.raises(CombinationError, match="the run begins with none"):
+        bigtrain.train(settings)
+    # A factory of one's own may read what it likes.
+    own = gpt(place, run={"name": "own", "dir": str(tmp_path)}, finetune={"adapter": {"targets": ["*_proj"]}})
+    run = bigtrain.train(own, model=lambda: models.build("gpt", GPT))
+    with open_checkpoint(find_checkpoint(run.path)) as reader:
+        assert ("weight", "norm.weight") in reader.index
+
+
 def test_a_module_that_was_given_is_not_changed(place: Path, tmp_path: Path) -> None:
     settings = gpt(place, run={"name": "given", "dir": str(tmp_path)})
     module = models.build("gpt", GPT)
