@@ -10,6 +10,7 @@ from bigtrain.config.schema import Config
 from bigtrain.errors import SetupError, UserError
 
 _TORCHVISION = "torchvision/"
+_WEIGHTS = ("*.safetensors", "*.bin")  # what a Hugging Face folder holds them in
 
 
 def find_weights(config: Config, *, may_download: bool) -> Path:
@@ -45,6 +46,23 @@ def find_weights(config: Config, *, may_download: bool) -> Path:
             remedy=f"put the file of {url}\nat {path}",
         ) from error
     return path
+
+
+def check_folder(config: Config) -> None:
+    """Refuse the folder of a model hf/<folder> without weights, where the run is to begin with those.
+
+    Raises:
+        UserError: Naming the ways out.
+    """
+    folder = Path(config.begins_with or "").expanduser()
+    is_models_own = config.finetune.init_from is None
+    if is_models_own and folder.is_dir() and not any(next(folder.glob(form), None) for form in _WEIGHTS):
+        raise UserError(
+            f"the folder {str(folder)!r} holds no weights",
+            where="model.name",
+            remedy="copy *.safetensors into it; or say what to begin with (finetune.init_from), or that initial\n"
+            "values are meant (model.args.pretrained=false)",
+        )
 
 
 def _weights(name: str, model: str) -> Any:

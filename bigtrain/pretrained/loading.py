@@ -22,7 +22,7 @@ from bigtrain.doors.names import gpt_args, is_llama
 from bigtrain.errors import BigtrainError, CheckpointError, ReadError, StateError
 from bigtrain.finetune.adapters import is_adapter, plain_name
 from bigtrain.models.gpt import GPT
-from bigtrain.pretrained.finding import find_weights
+from bigtrain.pretrained.finding import check_folder, find_weights
 from bigtrain.pretrained.matching import Key, LoadReport, match, shown
 from bigtrain.state import BUFFER, WEIGHT, Box, EngineState, TensorSpec
 from bigtrain.trainer import Training
@@ -46,6 +46,7 @@ def start_from(training: Training) -> LoadReport | None:
     if source is None:
         return None
     ranks = Ranks(training.world)
+    _told(ranks, lambda: check_folder(config))
     _told(ranks, lambda: find_weights(config, may_download=training.world.local_rank == 0))
     as_gpt = not config.model.name.startswith(HUGGING_FACE)
     open_ = partial(open_weights, find_weights(config, may_download=False), as_gpt=as_gpt)

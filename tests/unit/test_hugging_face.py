@@ -14,7 +14,7 @@ import bigtrain
 from bigtrain.checkpoint import open_checkpoint
 from bigtrain.cli import app
 from bigtrain.doors.exporting import export
-from bigtrain.errors import CheckpointError, DataError, ModelError, StateError
+from bigtrain.errors import CheckpointError, DataError, ModelError, StateError, UserError
 from bigtrain.evaluating import find_checkpoint, opened
 from tests.helpers import hugging_face as made
 
@@ -216,6 +216,22 @@ def test_a_folder_that_is_not_there(place: Path) -> None:
     settings["model"]["name"] = f"hf/{place / 'brt'}"
     with pytest.raises(ModelError, match="there is no folder"):  # not: no tokenizer
         bigtrain.train(settings)
+    made.bert(place / "bare")
+    for file in (place / "bare").glob("model*"):
+        file.unlink()
+    settings["model"]["name"] = f"hf/{place / 'bare'}"
+    with pytest.raises(UserError, match="holds no weights") as caught:
+        bigtrain.train(settings)
+    assert "pretrained=false" in caught.value.remedy
+    assert not (place / "runs" / "gone").exists()
+
+
+def test_what_is_trained_needs_the_folders_weights_no_more(place: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    bare = made.bert(tmp_path / "bare")
+    for file in bare.glob("model*"):
+        file.unlink()
+    assert json.loads(command("eval", str(runs["bert"]), f"model.name=hf/{bare}", "--json"))["is_same_data"]
+    command("ckpt", "export", str(runs["bert"]), str(tmp_path / "out"), "--to", "hf", "--base", str(bare))
 
 
 def test_a_tokenizer_of_another_model(place: Path) -> None:
