@@ -78,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": {"name": "gpt", "args": {**GPT, "kv_heads": 1, "mlp_width": 24}},
         "data": {"name": "text", "args": {"source": str(folder / "text.txt"), "context": 16}, "batch_size": 4},
     }
-    lora = {"finetune": {"adapter": {"targets": ["*.q_proj"], "rank": 2}}}
+    lora = {"finetune": {"init_from": str(folder / "runs/gpt"), "adapter": {"targets": ["*.q_proj"], "rank": 2}}}
     runs = {"quickstart": images, "another": images, "a": images, "b": images, "gpt": text, "lora": {**text, **lora}}
     with one_thread():
         for number, (name, config) in enumerate(runs.items()):
