@@ -23,9 +23,15 @@ if not os.environ.get(MARK, "").endswith(f"-{_WORKER}"):
     os.environ[MARK] = f"{uuid.uuid4().hex}-{_WORKER}"
 
 # Servers that a session keeps on purpose: they end with it.
-_KEPT = ("multiprocessing.forkserver", "multiprocessing.resource_tracker", "compile_worker", "wandb-core")
+_KEPT = (
+    "multiprocessing.forkserver",
+    "multiprocessing.resource_tracker",
+    "compile_worker",
+    "wandb-core",
+    "slurmscriptd",
+)
 _DAEMONS = ("munged", "slurmctld", "slurmd")
-_PORTS_OF_CACHES = 2
+_PORTS_OF_CACHES = 4
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -53,8 +59,8 @@ def _is_kept(words: str) -> bool:
 def _ports() -> set[int]:
     """Those that this process listens on.
 
-    torch's caches keep the last group that a mesh was made of, and with it gloo's threads and port, until the next one
-    comes: measured, two of them. So it is their number that may not grow.
+    torch's and DeepSpeed's caches keep the last groups, and with them gloo's threads and ports, until the next ones
+    come: measured over many trainings in one process, never more than four. So it is their number that may not grow.
     """
     held = psutil.Process().net_connections(kind="inet")
     return {connection.laddr.port for connection in held if connection.status == psutil.CONN_LISTEN}

@@ -180,7 +180,9 @@ def test_what_is_shown_is_what_is_submitted(cluster: Cluster, tmp_path: Path, mo
     assert held.stdout.rstrip("\n") == shown.stdout.rstrip("\n")
     assert (folder / f"{job}_submission.sh").read_text() == shown.stdout
     # The job runs the copy: what lies here now does not matter any more.
-    (tmp_path / "planting.py").write_text("raise SystemExit('changed after the submission')\n")
+    (tmp_path / "planting.py").write_text(
+        "class Planted:\n    def __init__(self, **args): ...\n\nraise SystemExit('changed after the submission')\n"
+    )
     again = bigtrain(tmp_path, *arguments)
     assert again.returncode == 2
     assert f"job {job}" in again.stderr
