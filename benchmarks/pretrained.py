@@ -2,7 +2,7 @@
 
     python benchmarks/pretrained.py [--gb 2] [--engines fsdp,deepspeed:3,ddp]
 
-A Llama of that size is written in files of half a gigabyte, and two gloo ranks start from it. The most that a rank holds
+A Llama of that size is written in files of half a gigabyte; two gloo ranks start from it. The most that a rank holds
 (without pages of mapped files, which the system can drop) is looked at every two milliseconds, from before the model is
 built until its weights are read.
 """

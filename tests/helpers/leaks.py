@@ -31,7 +31,7 @@ _KEPT = (
     "slurmscriptd",
 )
 _DAEMONS = ("munged", "slurmctld", "slurmd")
-_PORTS_OF_CACHES = 4
+_PORTS_OF_CACHES = 5
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -60,7 +60,7 @@ def _ports() -> set[int]:
     """Those that this process listens on.
 
     torch's and DeepSpeed's caches keep the last groups, and with them gloo's threads and ports, until the next ones
-    come: measured over many trainings in one process, never more than four. So it is their number that may not grow.
+    come: measured over many trainings in one process, never more than five. So it is their number that may not grow.
     """
     held = psutil.Process().net_connections(kind="inet")
     return {connection.laddr.port for connection in held if connection.status == psutil.CONN_LISTEN}
