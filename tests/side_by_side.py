@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 
-WAITING = ["tests/faults", "tests/launchers"]
+WAITING = ["tests/unit/cli", "tests/unit/tracking", "tests/faults", "tests/launchers"]
 
 
 def command(*arguments: str) -> list[str]:

@@ -39,7 +39,7 @@ def best_of(place: Path) -> Path:
     Raises:
         CheckpointError: Where none is known to be.
     """
-    if not place.is_dir():
+    if not DISK.exists(place):
         raise CheckpointError(
             f"there is no folder {place}",
             where=str(place),

@@ -303,6 +303,15 @@ def test_a_signal_in_a_backward_pass_or_while_data_are_waited_for():
     assert (waiting.steps, waiting.stopped) == (3, True)
 
 
+@pytest.fixture
+def _heeds_interrupts():
+    """A shell starts what it puts into the background with SIGINT ignored."""
+    came_with = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, came_with)
+
+
+@pytest.mark.usefixtures("_heeds_interrupts")
 def test_a_second_signal_ends_the_run_at_once():
     before = signal.getsignal(signal.SIGINT)
     after_it: list[int] = []
