@@ -64,8 +64,9 @@ def by_hand(folder: Path) -> float:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "by_hand.py"]
     began = time.time()
     done = subprocess.run(
-        command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True
+        command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
     )
+    # How it ends does not count: gloo ends a process badly at times, when the other one is gone.
     return float(done.stdout.split("first step")[1].split()[0]) - began
 
 
