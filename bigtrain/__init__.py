@@ -22,10 +22,22 @@ _LAZY = {
     "load_config": "bigtrain.config.loader:load",
     "load_run": "bigtrain.tracking.reading:load_run",
     "load_trained": "bigtrain.evaluating:load_trained",
+    "sum_over_ranks": "bigtrain.tasks.measured:sum_over_ranks",
     "train": "bigtrain.running:train",
 }
 
-__all__ = ["Config", "Hook", "Run", "StepInfo", "__version__", "load_config", "load_run", "load_trained", "train"]
+__all__ = [
+    "Config",
+    "Hook",
+    "Run",
+    "StepInfo",
+    "__version__",
+    "load_config",
+    "load_run",
+    "load_trained",
+    "sum_over_ranks",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,13 +7,14 @@ from torch import nn
 from bigtrain.data import DataSets, TrainLoader
 from bigtrain.dist import World
 from bigtrain.protocols import Task
+from bigtrain.tasks.measured import check_metrics
 
 # How many samples of the first microbatch are tried on the model before the first step.
 _TRIED_SAMPLES = 2
 
 
 def try_first_batch(task: Task, model: nn.Module, sets: DataSets, world: World, seed: int) -> None:
-    """Let the task refuse data and a model that do not fit. Every rank must call it.
+    """Let the task refuse data and a model that do not fit, and see that its metrics are some. Every rank must call it.
 
     Args:
         task: Asked where it has `check` (one batch) and `check_data` (what a dataset says of all its samples).
@@ -22,6 +23,8 @@ def try_first_batch(task: Task, model: nn.Module, sets: DataSets, world: World, 
         world: The ranks.
         seed: Of the order of the samples.
     """
+    if sets.eval is not None:
+        check_metrics(task)
     check = getattr(task, "check", None)
     if check is None:
         return

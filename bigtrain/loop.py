@@ -30,6 +30,7 @@ from bigtrain.health.spikes import Spike, SpikeWatch
 from bigtrain.optim import Schedule
 from bigtrain.progress import Cadence, Examples, Hook, Outcome, Saver, SavesNothing, StepInfo, TrainBatch
 from bigtrain.protocols import Batch, LossSum, Task
+from bigtrain.tasks.measured import Doubts, checked
 from bigtrain.tracking.base import Tracker
 from bigtrain.tracking.meter import Meter
 
@@ -61,9 +62,14 @@ def evaluate(
         batches: This rank's part.
         world: The ranks.
         look: Shown what came of each microbatch.
+
+    Raises:
+        UserError: Where the metrics are none.
     """
     metrics = task.metrics()
-    metrics.to(world.device)
+    place = getattr(metrics, "to", None)
+    if place is not None:
+        place(world.device)
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     with engine.evaluating():
         for batch in batches:
@@ -74,7 +80,7 @@ def evaluate(
             if look is not None:
                 look(result, batch)
     total, count = world.all_reduce(sums).tolist()
-    return {"loss": total / count if count else float("nan"), **metrics.compute()}
+    return {"loss": total / count if count else float("nan"), **checked(metrics.compute())}
 
 
 class Loop:
@@ -144,6 +150,7 @@ class Loop:
         self._meter = Meter(world)
         self._saver = saver or SavesNothing()
         self._goals = goals or Goals(world)
+        self._doubts = Doubts(world)
         self._is_best = False  # the evaluation made after this step
         self.outcome = done or Outcome()
         self.examples = Examples(task)
@@ -198,9 +205,7 @@ class Loop:
     def _look_for_spikes(self) -> None:
         """Tell of losses that leapt since the last look; every rank sees the same ones."""
         for spike in self._spikes.look():
-            for tracker in self._trackers:
-                row = {"step": spike.step, "event": "spike", "text": str(spike), "time": round(time.time(), 3)}
-                tracker.log(row)
+            self._tell({"step": spike.step, "event": "spike", "text": str(spike)})
             if self._spikes.rolls_back:
                 self.spike = spike
         self.outcome.recent = self._spikes.recent
@@ -311,8 +316,11 @@ class Loop:
             "grad_norm": norm,
             "lr": [lr * lr_scale for lr in dict.fromkeys(self._base_lrs)],  # groups of one rate keep one rate
             **self._meter.row(is_last=is_last),
-            "time": round(time.time(), 3),
         }
+        self._tell(row)
+
+    def _tell(self, row: dict[str, Any]) -> None:
+        row["time"] = round(time.time(), 3)
         for tracker in self._trackers:
             tracker.log(row)
 
@@ -326,9 +334,9 @@ class Loop:
         look = self.examples.look if self._world.is_main and may_be_last else None
         numbers = evaluate(self._engine, self._watched, batches, self._world, look)
         self._meter.pause(time.perf_counter() - began)  # throughput is that of training
-        scalars, now = _scalars(numbers), round(time.time(), 3)
-        for tracker in self._trackers:
-            tracker.log({"step": step, "epoch": epoch, **scalars, "time": now})
+        self._tell({"step": step, "epoch": epoch, **_scalars(numbers)})
+        for doubt in self._doubts.about(numbers):
+            self._tell({"step": step, "event": "warning", "text": doubt})
         return numbers
 
     def _raise_if(self, seen: Any) -> None:

@@ -7,6 +7,7 @@ up afterwards.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import shutil
@@ -20,9 +21,10 @@ import torch
 import torch._dynamo
 import xxhash
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from bigtrain.errors import CombinationError, SetupError
+from bigtrain.errors import CombinationError, ModelError, SetupError
 from bigtrain.models.blocks import batchnorm_over_batch, find_blocks
 from bigtrain.state import BUFFER, WEIGHT, Piece, whole
 
@@ -102,6 +104,7 @@ def prepare(
     seed_everything(seed)
     with torch.device("meta" if fillable and shards else "cpu"):
         model = make()
+    _refuse_lazy(model)
     freeze(model)
     refuse_local_batchnorm(model, num_processes)
     model.to(dtype=dtype)
@@ -114,6 +117,22 @@ def prepare(
     checkpoint_activations(blocks, recompute)
     fill = (lambda pieces: fill_pieces(model, pieces, seed)) if fillable and shards else None
     return Prepared(model, blocks, fill)
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    """Refuse parameters whose shapes only a first batch would tell.
+
+    Raises:
+        ModelError: Naming the modules.
+    """
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    names = [name.rpartition(".")[0] for name, tensor in tensors if is_lazy(tensor)]
+    if names:
+        raise ModelError(
+            f"the model has lazy modules, whose shapes are not known yet: {', '.join(dict.fromkeys(names))}",
+            where="model",
+            remedy="call it once with a batch of zeros in the factory that makes it, or give the sizes",
+        )
 
 
 def checkpoint_activations(blocks: Sequence[nn.Module], recompute: str | int) -> None:

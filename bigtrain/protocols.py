@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 
@@ -52,16 +51,16 @@ class LossSum(NamedTuple):
 
 
 class Metrics(Protocol):
-    """An accumulator over one evaluation."""
+    """An accumulator over one evaluation.
 
-    def to(self, device: torch.device) -> Any:
-        """Move the accumulated state."""
+    It may also have `to(device)`, called once before the first microbatch, to put its state there.
+    """
 
     def update(self, result: LossSum, batch: Batch) -> None:
         """Add one microbatch; samples of weight 0 must not count."""
 
     def compute(self) -> dict[str, Any]:
-        """Sum over all ranks and return numbers by name. Every rank must call it."""
+        """Sum over all ranks (`bigtrain.sum_over_ranks`) and return numbers by name. Every rank must call it."""
 
 
 class Task(Protocol):

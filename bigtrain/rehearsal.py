@@ -23,6 +23,7 @@ from bigtrain.errors import NonFiniteError, StateError
 from bigtrain.loop import evaluate, train_step
 from bigtrain.pretrained import start_from
 from bigtrain.running import lack_of_memory_explained, torch_set_up
+from bigtrain.tasks.measured import Doubts
 from bigtrain.trainer import Subject, Training, assemble
 
 _STEPS = 2
@@ -84,6 +85,8 @@ def rehearse(config: Config, folder: Path, said: Callable[[str], None], subject:
             batches = (training.move(batch) for batch in itertools.islice(training.evaluation, _EVAL_BATCHES))
             numbers = evaluate(training.engine, training.task, batches, world)
             tell(f"evaluation of {_EVAL_BATCHES} batches: loss {numbers['loss']:.4f}")
+            for doubt in Doubts(world).about(numbers):
+                tell(f"warning: {doubt}")
         began = time.perf_counter()
         path = save(Ranks(world), folder, _STEPS, training.engine.state(), extra={})
         size_of = sum(file.stat().st_size for file in path.iterdir())

@@ -19,7 +19,15 @@ from bigtrain.checkpoint.files import Files
 from bigtrain.config.loader import Resolved, dump, from_dict, load
 from bigtrain.config.schema import Config
 from bigtrain.dist import World, join
-from bigtrain.errors import BigtrainError, OutOfMemoryError, SaveError, SpikeError, TrainingError, UserError
+from bigtrain.errors import (
+    BigtrainError,
+    ConfigError,
+    OutOfMemoryError,
+    SaveError,
+    SpikeError,
+    TrainingError,
+    UserError,
+)
 from bigtrain.health.pulse import Pulse, stop_wished, told
 from bigtrain.health.sameness import check_same
 from bigtrain.health.signals import ignore_from_now_on
@@ -90,6 +98,9 @@ def train(
     subject = Subject(model, data, task)
     resolved = resolve(config, overrides, subject)
     called = [hook if isinstance(hook, Hook) else Hook(hook) for hook in hooks]
+    for call in [hook.call for hook in called if not callable(hook.call)]:
+        said = f"a hook is a {type(call).__name__}, which cannot be called"
+        raise UserError(said, where="hooks=", remedy="give functions of one StepInfo, or Hook(function, every=10)")
     with word_of_failure() as failing:
         return _train(resolved, subject, called, failing)
 
@@ -98,6 +109,10 @@ def resolve(
     config: Config | Resolved | Mapping[str, Any] | str | Path, overrides: Sequence[str], subject: Subject
 ) -> Config:
     """Read whatever describes a run; what is given as an object stands in it by its type's name."""
+    given: Any = config
+    if not isinstance(given, Config | Resolved | Mapping | str | Path):
+        problem = f"a run is described by a run file's path or by a mapping, not by a {type(given).__name__}"
+        raise ConfigError(problem, remedy="give one of them")
     if isinstance(config, Resolved):
         config = config.config
     if isinstance(config, Config):

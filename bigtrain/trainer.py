@@ -32,6 +32,7 @@ from bigtrain.goals import Goals
 from bigtrain.health.pulse import Pulse
 from bigtrain.health.spikes import watch_spikes
 from bigtrain.loop import Loop, evaluate, moved
+from bigtrain.named import call
 from bigtrain.optim import OptimizerPlan, Schedule, make_schedule, plan_optimizer
 from bigtrain.prepare import (
     COMPUTE_DTYPES,
@@ -311,7 +312,9 @@ def _recompute(config: Config) -> str | int:
 
 
 def _given(model: nn.Module | Callable[[], nn.Module], adapter: Adapter | None) -> nn.Module:
-    made = model() if callable(model) and not isinstance(model, nn.Module) else model
+    made = model
+    if callable(model) and not isinstance(model, nn.Module):
+        made = call(model, {}, name="model=", error=ModelError, where="model")
     if not isinstance(made, nn.Module):
         raise ModelError(
             f"{'model=' if made is model else 'model()'} is {type(made).__name__}",

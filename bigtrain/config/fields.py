@@ -50,6 +50,9 @@ class Section(BaseModel):
     shorthand: ClassVar[str | None] = None
     """The key that a plain word stands for: `task: regression` is `task: {name: regression}`."""
 
+    shorthand_is_one_key: ClassVar[bool] = False
+    """Whether the word changes that key alone, as `optim=sgd`; else it is all there is, as a task without arguments."""
+
     @model_validator(mode="before")
     @classmethod
     def _expand_shorthand(cls, value: Any) -> Any:

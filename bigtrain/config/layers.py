@@ -54,6 +54,8 @@ def _read_override(override: str, problems: Problems) -> Node | None:
 
 def merge(low: Node, high: Node, problems: Problems, path: Path = (), *, exclude: bool = True) -> Node:
     """The values of `high`, and where it has none those of `low`."""
+    if isinstance(low.value, dict) and any(section.shorthand_is_one_key for section in keys.sections_at(path)):
+        high = _expand(high, path)
     if not isinstance(high.value, dict):
         return high
     low = _expand(low, path)

@@ -53,8 +53,11 @@ class DeepSpeed(Section):
 class Engine(Section):
     """What spreads the training over processes, and on which devices."""
 
+    shorthand = "name"
+    shorthand_is_one_key = True
+
     name: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"
-    """What spreads the training over processes; auto picks one and says why."""
+    """What spreads the training over processes; auto picks one and says why. (ZeRO's stage: engine.deepspeed.stage.)"""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes GPUs where there are any."""

@@ -106,6 +106,9 @@ class Ema(Section):
 class Optim(Section):
     """The optimizer, its groups of parameters and its learning rate."""
 
+    shorthand = "name"
+    shorthand_is_one_key = True
+
     name: Name = "adamw"
     """sgd, adam, adamw, or pkg.mod:Class for your own."""
 

@@ -129,7 +129,7 @@ class Data(Section):
     """Where the samples come from and how they are cut into batches."""
 
     name: Name
-    """digits, torchvision/<Dataset>, image_folder, text, tokens, csv, synthetic, or pkg.mod:factory."""
+    """digits, torchvision/<Dataset>, image_folder, text, tokens, conversations, synthetic, …, or pkg.mod:factory."""
 
     args: dict[str, Any] = Field(default_factory=dict)
     """The keyword arguments that the data are built with."""

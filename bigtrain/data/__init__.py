@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NoReturn
 
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from bigtrain.catalogue import DATA, DATA_OF_TEXT, TORCHVISION
 from bigtrain.config.combinations import of_evaluation
@@ -185,13 +185,16 @@ def checked(dataset: Any, name: str, *, where: str) -> Dataset:
     Raises:
         DataError: If it is a stream, not a dataset at all, or empty.
     """
+    kind = type(dataset).__name__
+    if isinstance(dataset, DataLoader) or (isinstance(dataset, Mapping) and 0 not in dataset):
+        _refuse_container(dataset, where)
     try:
         length = None if isinstance(dataset, IterableDataset) else len(dataset)
     except (TypeError, NotImplementedError):
         length = None
     if length is None or not hasattr(dataset, "__getitem__"):
         raise DataError(
-            f"{name} is a stream, {type(dataset).__name__}: it has no __len__ and __getitem__",
+            f"{name} is a stream{'' if kind == name else f', {kind}'}: it has no __len__ and __getitem__",
             where=where,
             remedy="number its samples: only then is their order the same for any number of processes, and\n"
             "can a run go on in the middle. Write the stream to files once and open them by number (for\n"
@@ -205,6 +208,16 @@ def checked(dataset: Any, name: str, *, where: str) -> Dataset:
             remedy="check the path and the filters that it is made with",
         )
     return dataset  # type: ignore[no-any-return]
+
+
+def _refuse_container(given: Any, where: str) -> NoReturn:
+    """Say what to take out of something that holds datasets."""
+    if isinstance(given, Mapping):
+        said = f"a {type(given).__name__} of {', '.join(map(str, given))}"
+        remedy = "give one dataset, or a pair: to train on, and to evaluate on"
+    else:
+        said, remedy = "a DataLoader", "give its dataset, loader.dataset; data.batch_size and data.workers say the rest"
+    raise DataError(f"the data are {said}, and a dataset is needed", where=where, remedy=remedy)
 
 
 def _find(name: str, where: str) -> str:

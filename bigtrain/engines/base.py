@@ -18,9 +18,10 @@ from torch.nn.utils import get_total_norm
 
 from bigtrain.dist import World
 from bigtrain.engines import slots
+from bigtrain.engines.answers import checked, refuse_without_gradient
 from bigtrain.engines.casting import Casting
 from bigtrain.engines.sums import DeviceSums, HostSums, StepResult
-from bigtrain.errors import CombinationError, UserError
+from bigtrain.errors import CombinationError
 from bigtrain.optim import OptimizerPlan
 from bigtrain.protocols import LossSum
 from bigtrain.state import BUFFER, WEIGHT, Box, EngineState, Piece, Reader, TensorSpec, whole
@@ -249,7 +250,11 @@ class TorchEngine:
 
     def backward(self, result: LossSum) -> None:
         """Add the gradient of this microbatch's sum of losses, and the sum itself, to the step's."""
-        self._run_backward(checked(result).total)
+        try:
+            self._run_backward(checked(result).total)
+        except (AttributeError, RuntimeError):
+            refuse_without_gradient(result)
+            raise
         self._sums.add(result)
 
     @torch.no_grad()
@@ -330,21 +335,6 @@ class TorchEngine:
     def _piece(self, name: str, kind: str, held: Held) -> Piece:
         local = held.local.detach()
         return Piece(name, kind, held.shape, local.dtype, held.box, local, held.is_owner)
-
-
-def checked(result: LossSum) -> LossSum:
-    """What a task's loss returned, if it is what it must be.
-
-    Raises:
-        UserError: Where it is not.
-    """
-    if isinstance(result, LossSum):
-        return result
-    raise UserError(
-        f"the task's loss returned {type(result).__name__}",
-        where="task",
-        remedy="return LossSum(total, count): the sum of the losses, not their mean, and how many there are",
-    )
 
 
 def take_no_part(engine: str, names: Sequence[str]) -> CombinationError:

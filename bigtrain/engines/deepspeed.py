@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from bigtrain.dist import World
 from bigtrain.engines import slots
-from bigtrain.engines.base import Choices, TorchEngine, checked, persistent_buffers, take_no_part
+from bigtrain.engines.answers import checked, refuse_without_gradient
+from bigtrain.engines.base import Choices, TorchEngine, persistent_buffers, take_no_part
 from bigtrain.engines.casting import Casting
 from bigtrain.engines.deepspeed_library import destroy, host_adam, initialize, partition_meta
 from bigtrain.engines.sums import EarlySums, StepResult
@@ -141,8 +142,12 @@ class ZeroEngine:
 
     def backward(self, result: LossSum) -> None:
         """Add the gradient of this microbatch's sum of losses, and the sum itself, to the step's."""
-        self._sums.add(checked(result), last=self._is_last)
-        self._deepspeed.backward(_poisoned_if_not_finite(result.total))
+        try:
+            self._sums.add(checked(result), last=self._is_last)
+            self._deepspeed.backward(_poisoned_if_not_finite(result.total))
+        except (AttributeError, AssertionError, RuntimeError):
+            refuse_without_gradient(result)
+            raise
 
     def step(self, lr_scale: float) -> StepResult:
         """Divide by the targets of the whole global batch, clip, update, zero."""

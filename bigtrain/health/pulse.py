@@ -29,6 +29,8 @@ from bigtrain.runs import ATTEMPT_VARIABLE, RunFolder
 # Steps over which a rank's own time is taken: the middle one of them, so that one that was disturbed does not count.
 _WINDOW = 12
 _CONNECT_TIMEOUT_S = 30.0
+# What metrics import may come over a network's file system.
+_LONGEST_IMPORT_S = 300.0
 
 
 class Pulse:
@@ -82,6 +84,26 @@ class Pulse:
         taken = list(self._own_ms)
         return min(taken) if len(taken) == _WINDOW else 0.0
 
+    @contextmanager
+    def beating(self, at_most_s: float) -> Iterator[None]:
+        """Around something that gets on without telling: it counts as progress for so long.
+
+        Args:
+            at_most_s: After how many seconds it may be a hang after all.
+        """
+        is_over = threading.Event()
+
+        def beat() -> None:
+            until = time.monotonic() + at_most_s
+            while time.monotonic() < until and not is_over.wait(INTERVAL_S):
+                self.beat()
+
+        threading.Thread(target=beat, name="beating", daemon=True).start()
+        try:
+            yield
+        finally:
+            is_over.set()
+
     def watched(self, task: Task, *, is_own: bool) -> Watched:
         """The task, counting each microbatch.
 
@@ -109,8 +131,9 @@ class Watched:
         return result
 
     def metrics(self) -> Any:
-        """The task's metrics."""
-        return self._task.metrics()
+        """The task's metrics; the first import what they need, seconds in which no batch could be counted."""
+        with self._pulse.beating(_LONGEST_IMPORT_S):
+            return self._task.metrics()
 
 
 @contextmanager

@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bigtrain import tasks
+from bigtrain.dist import World
 from bigtrain.protocols import Batch, LossSum
+from bigtrain.tasks.measured import Doubts, sum_over_ranks
 from tests.helpers.distributed import run_distributed
 
 SAMPLES, RANKS, MICRO, CLASSES = 1012, 8, 32, 13
@@ -107,3 +110,19 @@ def test_eight_ranks_give_what_one_process_gives():
     for results in run_distributed(on_one_rank, RANKS):
         for got, want in zip(results, expected, strict=True):
             assert_same(got, want)
+
+
+def doubtful(ranks: int) -> tuple[list[str], list[str], list[str], float]:
+    """What is said of metrics that this rank has for itself alone, and again; and of those it shares."""
+    rank = dist.get_rank()
+    doubts = Doubts(World(rank, ranks))
+    own = {"loss": 1.0, "iou": 0.5 + rank / 10, "same": 0.25, "matrix": torch.ones(2, 2)}
+    total = sum_over_ranks(torch.tensor(float(rank)))
+    return doubts.about(own), doubts.about(own), Doubts(World(rank, ranks)).about({"loss": total.item()}), total.item()
+
+
+def test_metrics_that_ranks_do_not_share_are_doubted_once():
+    for told, again, shared, total in run_distributed(doubtful, 2, 2):
+        (text,) = told
+        assert text.startswith("the metric iou is 0.5 on rank 0 and 0.6 on rank 1")
+        assert (again, shared, total) == ([], [], 1.0)

@@ -76,6 +76,17 @@ def test_own_model_data_and_task_in_two_processes(examples: Path) -> None:
 
 
 @pytest.mark.slow
+def test_own_metrics_are_the_same_in_one_process_and_in_two(examples: Path) -> None:
+    measured = []
+    for name, *command in (("alone", "train"), ("both", "launch", "--nproc=2")):
+        changes = ("task.name=my_metrics:HuberWithinTen", f"run.name={name}", "train.epochs=1")
+        out = run(examples, "-m", "bigtrain", command[0], "run.yaml", *command[1:], *changes)
+        assert "warning" not in out
+        measured.append(json.loads((examples / f"runs/{name}/result.json").read_text())["metrics"]["within_ten"])
+    assert 0 < measured[0] == measured[1] < 1
+
+
+@pytest.mark.slow
 def test_python_of_the_readme(tmp_path: Path) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (code,) = blocks("README.md", "python")

@@ -1,6 +1,7 @@
 """Whole runs: from a mapping and objects of the user's own to the run folder, what is refused, how runs end early."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import bigtrain
 from bigtrain.errors import (
     BigtrainError,
+    ConfigError,
     DataError,
     ModelError,
     OutOfMemoryError,
@@ -246,13 +250,71 @@ def test_a_module_that_was_cut_up_is_refused(config):
         train(config, ("run.name=again",), model=net)
 
 
-def test_a_loss_that_is_no_sum_is_told(config):
-    class Mean(Regression):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda loss: loss.total / 8, "loss returned Tensor"),
+        (lambda loss: loss._replace(total=loss.total.detach()), "does not depend on any parameter that is trained"),
+        (lambda loss: loss._replace(total=loss.total.item()), "is a float, not a tensor"),
+        (lambda loss: loss._replace(total=loss.preds), r"has the shape \(8, 1\)"),
+    ],
+)
+@pytest.mark.parametrize("engine", ["single", "fsdp", "deepspeed"])
+def test_a_loss_that_is_no_sum_is_told(config, change, said, engine):
+    class Changed(Regression):
         def loss(self, model: nn.Module, batch: Batch) -> Any:
-            return super().loss(model, batch).total / len(batch)
+            return change(super().loss(model, batch))
 
-    with pytest.raises(UserError, match="loss returned Tensor"):
-        train(config, task=Mean())
+    with pytest.raises(UserError, match=said):
+        train(config, (f"engine={engine}",), task=Changed())
+
+
+def test_what_is_no_run_file_is_refused():
+    for given in (None, [1], 3):
+        with pytest.raises(ConfigError, match="described by a run file's path or by a mapping"):
+            bigtrain.train(given, model=Net)  # type: ignore[arg-type]
+
+
+class Tally:
+    """Metrics with the two methods that are needed."""
+
+    result: Any = MappingProxyType({"seen": 0.0})
+
+    def update(self, result: LossSum, batch: Batch) -> None: ...
+
+    def compute(self) -> Any:
+        return self.result
+
+
+class Unmeasured(Regression):
+    """Measures with something else."""
+
+    def __init__(self, metrics: type = Tally) -> None:
+        self._metrics = metrics
+
+    def metrics(self) -> Any:
+        return self._metrics()
+
+
+def test_metrics_need_two_methods(config):
+    assert train(config, task=Unmeasured()).evaluation["seen"] == 0.0
+
+    class Bare(Tally):
+        result = 0.5
+
+    with pytest.raises(UserError, match=r"compute\(\) of the task's metrics gives a float"):
+        train(config, ("run.name=bare",), task=Unmeasured(Bare))
+
+
+def test_an_evaluation_that_is_not_finite_is_said_once(config):
+    class Broken(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (1.0 if self.training else math.nan)
+
+    path = train(config, model=Broken, task=Unmeasured()).path
+    events = [row for row in map(json.loads, (path / "metrics.jsonl").read_text().splitlines()) if "event" in row]
+    said = [event["text"] for event in events if event["event"] == "warning"]
+    assert said == ["the loss of the evaluation is not finite"]
 
 
 def test_two_engines_give_one_training(config):
@@ -296,6 +358,12 @@ def test_a_run_that_was_stopped_is_not_finished(config):
         ({"model": lambda: "a model"}, [], ModelError, "model() is str"),
         ({"model": "a model"}, [], ModelError, "model= is str"),
         ({"data": (Points(), Points(), Points())}, [], DataError, "a tuple of 3"),
+        ({"data": {"train": Points(), "eval": Points()}}, [], DataError, "a dict of train, eval"),
+        ({"data": DataLoader(Points())}, [], DataError, "a DataLoader"),
+        ({"model": nn.Linear}, [], ModelError, "needs in_features, out_features"),
+        ({"model": lambda: nn.LazyLinear(1)}, [], ModelError, "lazy modules"),
+        ({"task": Unmeasured(dict)}, [], UserError, "gives a dict, which has no compute"),
+        ({"hooks": [3]}, [], UserError, "a hook is a int"),
         ({"task": Regression}, [], UserError, "is a class"),
         ({"task": object()}, [], UserError, "no loss and no metrics"),
         ({}, ["finetune.freeze=[tail.*]"], PatternError, "'tail.*' matches no parameter"),

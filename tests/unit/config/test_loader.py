@@ -152,6 +152,20 @@ def test_a_name_grows_arguments():
     assert (schedule.optim.schedule.name, schedule.optim.schedule.warmup_steps) == ("cosine", 9)
 
 
+def test_an_engine_or_optimizer_is_a_word_which_leaves_the_rest_of_its_section_alone():
+    for overrides in (
+        ["engine=deepspeed", "engine.deepspeed.stage=2"],
+        ["engine.deepspeed.stage=2", "engine=deepspeed"],
+    ):
+        engine = from_dict(SMALLEST, overrides).config.engine
+        assert (engine.name, engine.deepspeed.stage) == ("deepspeed", 2), overrides
+    file = {**SMALLEST, "engine": "ddp", "optim": {"lr": 2, "args": {"momentum": 0.9}}}
+    config = from_dict(file, ["optim=sgd", "engine.device=cpu"]).config
+    assert (config.optim.name, config.optim.lr, config.optim.args) == ("sgd", 2, {"momentum": 0.9})
+    assert (config.engine.name, config.engine.device) == ("ddp", "cpu")
+    assert from_dict(file, ["task=regression"]).config.task == Named(name="regression")
+
+
 def test_values_of_overrides_are_yaml():
     overrides = [
         "run.name='1e-3'",
