@@ -57,7 +57,7 @@ class Engine(Section):
     shorthand_is_one_key = True
 
     name: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"
-    """What spreads the training over processes; auto picks one and says why. (ZeRO's stage: engine.deepspeed.stage.)"""
+    """What spreads the training over processes; auto picks one and says why; ZeRO's stage is engine.deepspeed.stage."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes GPUs where there are any."""
