@@ -223,6 +223,12 @@ def checkpoints_of(path: Path) -> Path:
     return path / "checkpoints"
 
 
+def by_name(place: str | Path, folder: str | Path = "runs") -> Path:
+    """A path as it stands, or, where nothing is there, the run of that name in the folder of all runs."""
+    path, named = Path(place), Path(folder, place)
+    return named if not path.exists() and named.is_dir() else path
+
+
 def wish_to_stop(path: Path, attempt: int) -> None:
     """Leave word that a start of a run is to save and leave; later starts are not meant."""
     write_atomically(path / _STOP, f"{attempt}\n")

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Look at checkpoints, compare, remove, export and import them.", no_args_is_help=True)
 
-Path_ = Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint's folder, or a run's: its newest.")]
+Path_ = Annotated[
+    Path, typer.Argument(metavar="CKPT", help="A checkpoint's folder, or a run's, or its name in runs/: its newest.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Best = Annotated[bool, typer.Option("--best", help="Of a run, the best checkpoint (checkpoint.keep_best).")]
 Form = Literal["hf", "safetensors", "torch", "dcp", "deepspeed"]
@@ -30,7 +32,9 @@ def _checkpoint(path: Path, *, best: bool = False) -> Path:
     """The checkpoint that a path leads to: it itself, or the newest of a run, or the best."""
     from bigtrain.checkpoint import best_of, find
     from bigtrain.errors import CheckpointError
+    from bigtrain.runs import by_name
 
+    path = by_name(path)
     if best:
         return best_of(path)
     for folder in (path / "checkpoints", path):
@@ -44,7 +48,8 @@ def _checkpoint(path: Path, *, best: bool = False) -> Path:
         raise CheckpointError(
             f"there is no checkpoint at {path}: it {held}",
             where=str(path),
-            remedy="give a run's folder, or a checkpoint's (step-…); `bigtrain ckpt import` brings others' in",
+            remedy="give a run's folder, its name where it is in runs/, or a checkpoint's folder (step-…);\n"
+            "`bigtrain ckpt import` brings others' in",
         )
     return path
 
@@ -174,7 +179,7 @@ def _compared(found: Comparison) -> dict[str, Any]:
 
 @app.command()
 def prune(
-    path: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a folder of checkpoints.")],
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder or name, or a folder of checkpoints.")],
     keep: Annotated[int, typer.Option(min=2, help="How many of the newest stay.")] = 2,
     keep_every: Annotated[int | None, typer.Option(min=1, help="Those of every so many steps stay, too.")] = None,
     as_json: Json = False,
@@ -184,7 +189,9 @@ def prune(
     from bigtrain.checkpoint import find_best
     from bigtrain.checkpoint import prune as remove
     from bigtrain.errors import RunFolderError
+    from bigtrain.runs import by_name
 
+    path = by_name(path)
     for run in (path, path.resolve().parent):  # a run's folder, or its checkpoints/
         holder = lease.live_holder(run)
         if holder:

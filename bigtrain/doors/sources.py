@@ -82,11 +82,12 @@ def open_weights(path: str | Path, *, allow_pickle: bool = False, as_gpt: bool =
 def _open_folder(path: Path, *, as_gpt: bool) -> ForeignReader:
     if (path / MANIFEST).exists():
         return open_whole(path)
+    for folder in (path / "checkpoints", path):  # a run, or a folder of checkpoints, as `ckpt import` makes
+        found = find(folder) if folder.is_dir() else []
+        if found:
+            return open_whole(found[0])
     if (path / "checkpoints").is_dir():
-        found = find(path / "checkpoints")
-        if not found:
-            raise CheckpointError(f"the run {path} has no checkpoint", remedy="give a run that has saved one")
-        return open_whole(found[0])
+        raise CheckpointError(f"the run {path} has no checkpoint", remedy="give a run that has saved one")
     if (path / _INDEX).exists() or (path / _SINGLE).exists():
         return open_hugging_face(path, as_gpt=as_gpt)
     if (path / ".metadata").exists():
@@ -227,7 +228,11 @@ class SafetensorsReader:
             try:
                 opened: Any = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise CorruptError(f"{file} is no safetensors file: {error}", where=str(file)) from error
+                raise CorruptError(
+                    f"{file} is no safetensors file, or a damaged one: {error}",
+                    where=str(file),
+                    remedy=f"it has {file.stat().st_size:,} bytes: compare with where it comes from, and copy it again",
+                ) from error
             self.metadata |= opened.metadata() or {}
             for theirs in opened.keys():  # noqa: SIM118 # it is no mapping
                 name = rename(theirs)

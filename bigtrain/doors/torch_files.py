@@ -9,6 +9,7 @@ Loading is `weights_only` unless the user allows a pickle.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from bigtrain.state import BUFFER, WEIGHT, Box, Reader, TensorSpec, whole
 Key = tuple[str, str]
 
 _BELOW = ("model", "state_dict", "module")
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # errors of torch have them
+_FOUND = re.compile(r"Unsupported (?:global|class|operand).*?(?:GLOBAL )?([\w.]+\.\w+)")
 
 
 class TorchReader:
@@ -97,16 +100,28 @@ def _load(path: Path, allow_pickle: bool) -> Mapping[str, Any]:
             is_old = _is_old(path)
             content = torch.load(path, weights_only=True, mmap=not is_old, map_location="cpu")
         except Exception as error:  # torch has many names for a file that is not what it should be
-            said = str(error).partition("\n")[0]
+            said = _COLOURS.sub("", str(error)).strip().partition("\n")[0].rstrip()
             if "Unsupported" in str(error) or "weights_only" in str(error):
+                found = _FOUND.search(str(error))
                 raise CheckpointError(
-                    f"{path} holds more than tensors and plain values: {said}",
+                    f"{path} holds more than tensors and plain values: {found[1] if found else said}",
                     where=str(path),
-                    remedy="save its state_dict() alone; or, if you trust it, read it with --allow-pickle",
+                    remedy="save its state_dict() alone; or, if you trust it, bring it in and begin with what comes out:"
+                    f"\nbigtrain ckpt import {path} OUT --from torch --allow-pickle",
                 ) from error
-            raise CorruptError(f"{path} is no file of torch.save, or a damaged one: {said}", where=str(path)) from error
+            raise CorruptError(
+                f"{path} is no file of torch.save, or a damaged one: {said}",
+                where=str(path),
+                remedy=f"it has {path.stat().st_size:,} bytes: compare with where it comes from, and copy it again",
+            ) from error
+    if isinstance(content, torch.nn.Module):  # of a pickle that the user trusts
+        content = content.state_dict()
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds {type(content).__name__}, not tensors by name", where=str(path))
+        raise CheckpointError(
+            f"{path} holds {type(content).__name__}, not tensors by name",
+            where=str(path),
+            remedy="save a state_dict()",
+        )
     return content
 
 

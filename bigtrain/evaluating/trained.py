@@ -31,7 +31,7 @@ from bigtrain.prepare import COMPUTE_DTYPES, DTYPES, seed_everything
 from bigtrain.protocols import Batch, Task
 from bigtrain.resuming import weights_of
 from bigtrain.running import lack_of_memory_explained, torch_set_up
-from bigtrain.runs import checkpoints_of
+from bigtrain.runs import by_name, checkpoints_of
 from bigtrain.state import BUFFER, EMA, WEIGHT, TensorSpec, whole
 from bigtrain.trainer import build_task
 
@@ -80,9 +80,7 @@ def find_checkpoint(place: str | Path, folder: str | Path = "runs", *, best: boo
     Raises:
         CheckpointError: Where there is none.
     """
-    path = Path(place)
-    if not path.exists() and Path(folder, path).is_dir():
-        path = Path(folder, path)
+    path = by_name(place, folder)
     if best:
         return best_of(path)
     for candidate in (checkpoints_of(path), path):

@@ -60,7 +60,10 @@ class LoadReport:
 
     def lines(self) -> list[str]:
         """For the terminal."""
-        counts = f"{len(self.loaded)} tensors loaded, {len(self.remapped)} remapped, {len(self.resized)} resized"
+        taken = len(self.loaded) + len(self.remapped) + len(self.resized)
+        counts = f"{taken} tensors loaded"
+        if self.remapped or self.resized:
+            counts += f" ({len(self.remapped)} of another name, {len(self.resized)} resized)"
         rest = f"{len(self.new)} new, {len(self.ignored)} of the file ignored"
         lines = [f"weights from {self.source}: {counts}, {rest}; {self.coverage:.1%} of the bytes"]
         if self.head:

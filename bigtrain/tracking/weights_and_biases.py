@@ -207,10 +207,15 @@ class WeightsAndBiases:
 
             artifact = wandb.Artifact(f"checkpoint-{self._run.id}", type="checkpoint", metadata={"step": row["step"]})
             path = Path(row["path"]).absolute()
-            if self._uploads:
-                artifact.add_dir(str(path))
-            else:
-                artifact.add_reference(path.as_uri(), name=path.name, checksum=False)
+            try:
+                if self._uploads:
+                    artifact.add_dir(str(path))
+                else:
+                    artifact.add_reference(path.as_uri(), name=path.name, checksum=False)
+            except (OSError, ValueError):
+                if not path.exists():  # removed since (checkpoint.keep): this process comes after the training
+                    return
+                raise
             self._run.log_artifact(artifact, aliases=[f"step-{row['step']}"])
 
     def close(self) -> None:

@@ -146,7 +146,12 @@ def test_files_that_are_no_pictures(digits: Path, pictures: list[str], tmp_path:
     (tmp_path / "it.png").write_text("no picture")
     (tmp_path / "cut.png").write_bytes(Path(pictures[0]).read_bytes()[:60])
     with opened(find_checkpoint(digits)) as trained:
-        for name, words in [("it.png", "no picture"), ("cut.png", "no picture"), ("gone.png", "there is no")]:
+        for name, words in [
+            ("it.png", "no picture"),
+            ("cut.png", "no picture"),
+            ("gone.png", "there is no"),
+            (".", "is a folder"),
+        ]:
             with pytest.raises(DataError, match=words):
                 list(predict(trained, [str(tmp_path / name)]))
 

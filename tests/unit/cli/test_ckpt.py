@@ -52,6 +52,14 @@ def test_show(run):
     assert json.loads(call("show", older, "--json")[1])["step"] == 10
 
 
+def test_a_run_has_a_name(run, monkeypatch):
+    monkeypatch.chdir(run.parents[1])
+    assert call("show", run.name) == call("show", run.relative_to(Path.cwd()))
+    with pytest.raises(CheckpointError, match="there is no checkpoint at another") as caught:
+        call("show", "another")
+    assert "its name where it is in runs/" in caught.value.remedy
+
+
 def test_verify_names_the_damaged_file(run, tmp_path):
     code, text = call("verify", run)
     assert code == 0

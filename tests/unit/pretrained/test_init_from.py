@@ -11,7 +11,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bigtrain
-from bigtrain.errors import BigtrainError, CheckpointError, PatternError, SetupError, StateError, UserError
+from bigtrain.doors.incoming import bring_in
+from bigtrain.errors import (
+    BigtrainError,
+    CheckpointError,
+    CorruptError,
+    PatternError,
+    SetupError,
+    StateError,
+    UserError,
+)
 from tests.helpers.resuming import config as gpt_config
 from tests.helpers.resuming import losses, stop
 
@@ -77,6 +86,27 @@ def test_every_kind_of_file(tmp_path, weights, form):
     assert_begun_with(model, weights)
     assert report["coverage"] == 1.0
     assert (len(report["loaded"]), report["new"], report["ignored"]) == (9, [], [])
+
+
+def test_a_model_that_was_pickled_is_brought_in_and_begun_with(tmp_path):
+    torch.save(net := Net(), path := tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"more than tensors and plain values: [\w.]*Net\n") as caught:
+        begun(tmp_path, init_from=str(path))
+    assert f"bigtrain ckpt import {path} OUT --from torch --allow-pickle" in caught.value.remedy
+    bring_in(path, tmp_path / "out", "torch", allow_pickle=True)
+    assert_begun_with(begun(tmp_path, init_from=str(tmp_path / "out"))[0], net.state_dict())
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pt"])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+def test_half_a_file_says_how_long_it_is(tmp_path, weights, form, kept):
+    save = torch.save if form == "pt" else save_file
+    save(weights, path := tmp_path / f"weights.{form}")
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    with pytest.raises(CorruptError, match="or a damaged one") as caught:
+        begun(tmp_path, init_from=str(path))
+    assert f"it has {path.stat().st_size:,} bytes" in caught.value.remedy
+    assert not (tmp_path / "runs").exists()
 
 
 def test_statistics_are_loaded_too(tmp_path, weights):

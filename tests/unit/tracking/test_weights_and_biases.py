@@ -278,6 +278,23 @@ def test_checkpoints_are_references(tmp_path: Path) -> None:
     assert not [p for p in (folder / "wandb").rglob("*") if p.is_file() and p.stat().st_size == 1000]
 
 
+def test_a_checkpoint_that_is_gone_again_stops_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "it"
+    gone, there = (folder / "checkpoints" / f"step-0000000{step}" for step in (5, 6))
+    there.mkdir(parents=True)
+    (there / "shard").write_bytes(b"0" * 1000)
+    run = TrackedRun(str(folder), "it", CONFIG, "fsdp", 2, 0, os.getpid(), "")
+    said: list[str] = []
+    outside = Outside([Spec("W&B", FACTORY, {"mode": "offline"})], run, folder / "log", said.append)
+    for path in (gone, there):
+        outside.log({"step": 5, "event": "checkpoint", "path": str(path), "bytes": 1000, "seconds": 0.1})
+    outside.close()
+    assert "warning" not in " ".join(said)
+    (path,) = wandb_files.logs(folder, (folder / "wandb_id").read_text().strip())
+    assert there.as_uri().encode() in path.read_bytes()
+    assert gone.as_uri().encode() not in path.read_bytes()
+
+
 # -------------------------------------------------------------------------------------------------------- login
 
 
