@@ -106,7 +106,7 @@ def _load(path: Path, allow_pickle: bool) -> Mapping[str, Any]:
                 raise CheckpointError(
                     f"{path} holds more than tensors and plain values: {found[1] if found else said}",
                     where=str(path),
-                    remedy="save its state_dict() alone; or, if you trust it, bring it in and begin with what comes out:"
+                    remedy="save its state_dict() alone; or, if you trust it, bring it in and begin with that:"
                     f"\nbigtrain ckpt import {path} OUT --from torch --allow-pickle",
                 ) from error
             raise CorruptError(
