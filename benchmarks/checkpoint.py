@@ -212,7 +212,7 @@ def compare_writing(state: dict[tuple[str, str], Tensor], folder: Path, rounds: 
 
 
 def compare_reading(state: dict[tuple[str, str], Tensor], folder: Path, rounds: int) -> None:
-    out = {key: torch.empty_like(tensor) for key, tensor in state.items()}
+    out = {key: tensor.clone() for key, tensor in state.items()}  # memory that has been touched
     ours = save(RANKS, folder / "r", 1, whole_pieces(state), extra={})
     raw_write(folder / "raw", state)
     dcp.save(named(state), checkpoint_id=folder / "dcp")

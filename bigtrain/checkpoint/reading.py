@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +55,7 @@ class CheckpointReader:
         self.path = Path(path)
         self._files = files
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
+        self._helper: Executor | None = None
         if not files.is_folder(self.path):
             raise CheckpointError(
                 f"there is no checkpoint at {path}", where=str(path), remedy="give a folder step-…, and no link to one"
@@ -80,6 +82,9 @@ class CheckpointReader:
         """Close every file."""
         while self._open:
             self._open.popitem()[1].close()
+        if self._helper:
+            self._helper.shutdown()
+            self._helper = None
 
     @property
     def step(self) -> int:
@@ -122,7 +127,10 @@ class CheckpointReader:
         """A writer's file, its header verified."""
         found = self._open.get(writer)
         if found is None:
-            found = ShardFile(self.path / shard_name(writer), self.manifest.shards[writer], self._files)
+            if self._helper is None:
+                self._helper = ThreadPoolExecutor(1, "checkpoint reading")  # which starts when it is needed
+            path, expected = self.path / shard_name(writer), self.manifest.shards[writer]
+            found = ShardFile(path, expected, self._files, self._helper)
             self._open[writer] = found
             if len(self._open) > _MOST_OPEN:
                 self._open.popitem(last=False)[1].close()

@@ -7,7 +7,8 @@ never called corruption; a file that is not there, is no file, or has another le
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, wait
 from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
@@ -21,7 +22,7 @@ from bigtrain.errors import CorruptError, ReadError
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-_BLOCK = 2 * CHUNK  # what is read at once: still in the cache when it is hashed
+_SHARED = 4 * CHUNK  # so much at least is read by two threads: to hand over less takes as long
 
 
 class ShardFile:
@@ -31,14 +32,16 @@ class ShardFile:
         path: Where it lies.
         expected: What the manifest says of it.
         files: The file system.
+        helper: A thread that reads half of what is large; None: there is none.
 
     Raises:
         CorruptError: Where it is not what was written.
         ReadError: Where it cannot be read.
     """
 
-    def __init__(self, path: Path, expected: Shard, files: Files) -> None:
+    def __init__(self, path: Path, expected: Shard, files: Files, helper: Executor | None = None) -> None:
         self.path = path
+        self._helper = helper
         self._expected = expected
         self._files = files
         self._file: Input | None = None
@@ -65,7 +68,7 @@ class ShardFile:
                 out[:count] = self._chunk(entry, number)[skipped : skipped + count]
             else:
                 is_to_the_end = begin + out.nbytes == entry.num_bytes
-                count = min(_BLOCK, out.nbytes if is_to_the_end else out.nbytes // CHUNK * CHUNK)
+                count = out.nbytes if is_to_the_end else out.nbytes // CHUNK * CHUNK
                 self._read_verified(entry, number, out[:count])
             begin, out = begin + count, out[count:]
 
@@ -98,26 +101,43 @@ class ShardFile:
 
     def _read_verified(self, entry: Entry, number: int, out: memoryview) -> None:
         """Fill `out` with whole chunks of a box, from chunk `number` on."""
-        offset = self._expected.header_bytes + entry.begin + number * CHUNK
-        reliably(lambda: self._opened().read(offset, out), self.path, self._files, self.close)
-        wrong = self._first_wrong(entry, number, out)
-        if wrong is None:
+        wrong = self._read(entry, number, out)
+        if not wrong:
             return
         self.close()
-        reliably(lambda: self._opened().read(offset, out), self.path, self._files, self.close)
-        wrong = self._first_wrong(entry, number, out)
-        if wrong is not None:
-            start = offset + wrong * CHUNK
-            raise corrupt(self.path, f"the bytes from {start:,} on are not what was written ({entry.title})")
+        for start in wrong:
+            if self._read(entry, number + start // CHUNK, out[start : start + CHUNK]):
+                place = self._expected.header_bytes + entry.begin + number * CHUNK + start
+                raise corrupt(self.path, f"the bytes from {place:,} on are not what was written ({entry.title})")
         _log.warning("%s was read wrongly once, and rightly the second time: the storage is not reliable", self.path)
 
-    def _first_wrong(self, entry: Entry, number: int, data: memoryview) -> int | None:
+    def _read(self, entry: Entry, number: int, out: memoryview) -> list[int]:
+        """Fill `out` with whole chunks of a box, and say which are not what was written."""
+        offset = self._expected.header_bytes + entry.begin + number * CHUNK
         first = entry.first_chunk + number
-        for index, start in enumerate(range(0, data.nbytes, CHUNK)):
-            place = 16 * (first + index)
-            if hash_of(data[start : start + CHUNK]) != self._hashes[place : place + 16]:
-                return index
-        return None
+
+        def fill(file: Input, starts: Iterator[int], wrong: list[int]) -> None:
+            for start in starts:
+                chunk = out[start : start + CHUNK]
+                file.read(offset + start, chunk)
+                place = 16 * (first + start // CHUNK)
+                if hash_of(chunk) != self._hashes[place : place + 16]:  # while it is in the cache
+                    wrong.append(start)
+
+        def read() -> list[int]:
+            wrong: list[int] = []
+            work = self._opened(), iter(range(0, out.nbytes, CHUNK)), wrong
+            other = self._helper.submit(fill, *work) if self._helper and out.nbytes >= _SHARED else None
+            try:
+                fill(*work)
+            finally:
+                if other and not other.cancel():
+                    wait([other])  # the file must not be closed before
+            if other and not other.cancelled():
+                other.result()
+            return sorted(wrong)
+
+        return reliably(read, self.path, self._files, self.close)
 
     def _verified_header(self) -> tuple[Header, bytes]:
         raw = read_verified(

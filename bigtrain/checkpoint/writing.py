@@ -31,7 +31,7 @@ from bigtrain.checkpoint.folders import folder_of, temporary_of
 from bigtrain.checkpoint.layout import Cut, Key, Part, check_cover, find_cuts, is_corner, strays
 from bigtrain.checkpoint.manifest import MANIFEST, STATE, Layout, Manifest, Shard, shard_name
 from bigtrain.checkpoint.ranks import Ranks
-from bigtrain.checkpoint.shards import CHUNK, DTYPES, LARGEST_HEADER, Entry, Header, decode, hash_of, lay_out
+from bigtrain.checkpoint.shards import CHUNK, DTYPES, LARGEST_HEADER, PAGE, Entry, Header, decode, hash_of, lay_out
 from bigtrain.errors import DiskFullError, LeaseError, SaveError
 from bigtrain.state import EngineState, Piece
 
@@ -122,7 +122,7 @@ class Saving:
 
     def _write_own(self, pieces: Sequence[Piece], own: Mapping[str, Any]) -> tuple[Header, _Written]:
         held = [piece for piece in pieces if piece.is_owner and (piece.data.numel() or 0 in piece.shape)]
-        pieces = sorted(held, key=lambda piece: -piece.dtype.itemsize)
+        pieces = sorted(held, key=_alignment, reverse=True)
         header = lay_out([_described(piece) for piece in pieces], _as_json(own, "own"))
         path = self.temporary / shard_name(self.ranks.rank)
         if len({entry.title for entry in header.entries}) != len(header.entries):
@@ -301,6 +301,12 @@ def _described(piece: Piece) -> tuple[Key, tuple[int, ...], str, Any]:
     if tuple(piece.data.shape) != tuple(piece.box.size):
         raise SaveError(f"{piece.kind} {piece.name} has the shape {tuple(piece.data.shape)}, not {piece.box.size}")
     return piece.key, tuple(piece.shape), DTYPES[piece.dtype], piece.box
+
+
+def _alignment(piece: Piece) -> int:
+    """The largest power of two, up to a page, that divides its length in bytes."""
+    num_bytes = math.prod(piece.box.size) * piece.dtype.itemsize
+    return min(PAGE, num_bytes & -num_bytes)
 
 
 def _as_json(value: Mapping[str, Any], what: str) -> str:

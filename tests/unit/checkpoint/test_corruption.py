@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from bigtrain.checkpoint import find, load_newest, open_checkpoint, verify
-from bigtrain.checkpoint.files import Files
+from bigtrain.checkpoint.files import Files, Input
+from bigtrain.checkpoint.shards import CHUNK
 from bigtrain.errors import CheckpointError, CorruptError, NoGoodError, ReadError
 from bigtrain.state import WEIGHT, whole
 from tests.helpers.checkpoints import assert_holds, cut, on_ranks, same_bits, saved, some_tensors
@@ -276,6 +277,70 @@ def test_a_mismatch_that_passes_is_said_and_not_believed(tmp_path, caplog):
             reader.read_into(WEIGHT, "w", whole((1000,)), out)
     assert torch.equal(out, tensors[WEIGHT, "w"])
     assert "was read wrongly once" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """What two threads read together, of a length that is no multiple of anything."""
+    tensors = {(WEIGHT, "w"): torch.randn(7, 300_007), (WEIGHT, "b"): torch.randn(5)}
+    return tensors, saved(tmp_path_factory.mktemp("large"), 1, cut("replicated", tensors, 1))
+
+
+@pytest.mark.parametrize("at", [0, 1_000_000, 4_100_000, 8_390_000])
+def test_every_flipped_bit_is_found_where_two_threads_read(large, tmp_path, at):
+    _, path = large
+    shard = shutil.copytree(path, tmp_path / path.name) / "shard-00000.safetensors"
+    raw = bytearray(shard.read_bytes())
+    header = 8 + int.from_bytes(raw[:8], "little")
+    raw[header + at] ^= 4
+    shard.write_bytes(raw)
+    with (
+        open_checkpoint(shard.parent, QUICK) as reader,
+        pytest.raises(CorruptError, match=r"the bytes from [\d,]+ on") as caught,
+    ):
+        reader.read_into(WEIGHT, "w", whole((7, 300_007)), torch.empty(7, 300_007))
+    begin = int(caught.value.problem.partition("bytes from ")[2].partition(" on")[0].replace(",", ""))
+    assert begin <= header + at < begin + CHUNK
+    assert [fault.file for fault in verify(shard.parent, files=QUICK).faults] == [str(shard)]
+
+
+def test_what_two_threads_read_wrongly_once_is_read_again(large, caplog, monkeypatch):
+    tensors, path = large
+    lied, honest = [], Input.read
+
+    def read(self, offset, into):
+        honest(self, offset, into)
+        if self.path.name.startswith("shard") and into.nbytes == CHUNK and len(lied) < 3:
+            lied.append(offset)
+            into[17] ^= 1
+
+    monkeypatch.setattr(Input, "read", read)
+    assert_holds(path, tensors, QUICK)
+    assert len(lied) == 3
+    assert "was read wrongly once" in caplog.text
+
+
+@pytest.mark.parametrize("chunk", range(3, 8))
+def test_an_error_in_either_thread_is_an_error(large, chunk):
+    """The file stays open until both have ended, and is read again from the beginning."""
+    tensors, path = large
+    seen = {"read": 0}
+    lock = threading.Lock()
+
+    def fail(operation, path):
+        if operation == "read" and path.name.startswith("shard"):
+            with lock:
+                seen["read"] += 1
+                number = seen["read"]
+            if number == chunk or (is_for_good and number > chunk):
+                raise OSError(errno.EIO, "Input/output error")
+
+    is_for_good = False
+    assert_holds(path, tensors, Files(fail, pauses=(0.001,)))
+    assert seen["read"] > chunk
+    is_for_good, seen["read"] = True, 0
+    with pytest.raises(ReadError, match="Input/output error"):
+        assert_holds(path, tensors, Files(fail, pauses=(0.001,)))
 
 
 def test_ranks_wait_for_what_rank_0_sees(folder):

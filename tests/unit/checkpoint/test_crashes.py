@@ -112,7 +112,7 @@ def test_a_file_that_may_not_grow_is_a_full_disk(tmp_path):
         with pytest.raises(DiskFullError) as caught:
             save(Ranks(World()), tmp_path, 2, state, extra={})
         text = str(caught.value)
-        assert "shard-00000.safetensors: it needs 1,200," in text
+        assert "shard-00000.safetensors: it needs 1,204,096 " in text
         assert "were free" in text
         assert list(tmp_path.iterdir()) == []
 

@@ -167,8 +167,12 @@ def renamed(header, title):
     header[title] = header.pop(UP)
 
 
+def last_of(header):
+    return max((h for name, h in header.items() if name != "__metadata__"), key=lambda h: h["data_offsets"])
+
+
 HEADERS = {
-    "overlap": lambda h: h[UP].update(data_offsets=[0, 80]),
+    "overlap": lambda h: last_of(h).update(data_offsets=[n - 8 for n in last_of(h)["data_offsets"]]),
     "a hole": lambda h: h[UP].update(data_offsets=[n + 8 for n in h[UP]["data_offsets"]]),
     "negative": lambda h: h[UP].update(data_offsets=[-80, 0]),
     "huge": lambda h: h[UP].update(data_offsets=[HUGE, HUGE + 80]),
