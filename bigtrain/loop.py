@@ -30,7 +30,7 @@ from bigtrain.health.spikes import Spike, SpikeWatch
 from bigtrain.optim import Schedule
 from bigtrain.progress import Cadence, Examples, Hook, Outcome, Saver, SavesNothing, StepInfo, TrainBatch
 from bigtrain.protocols import Batch, LossSum, Task
-from bigtrain.tasks.measured import Doubts, checked
+from bigtrain.tasks.measured import Doubts, checked, metrics_of
 from bigtrain.tracking.base import Tracker
 from bigtrain.tracking.meter import Meter
 
@@ -66,7 +66,7 @@ def evaluate(
     Raises:
         UserError: Where the metrics are none.
     """
-    metrics = task.metrics()
+    metrics = metrics_of(task)
     place = getattr(metrics, "to", None)
     if place is not None:
         place(world.device)

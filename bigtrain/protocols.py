@@ -77,7 +77,7 @@ class Task(Protocol):
         """Run the model on a microbatch and sum the losses of its targets; `batch.weight` says which samples count."""
 
     def metrics(self) -> Metrics:
-        """A fresh accumulator for one evaluation."""
+        """A fresh accumulator for one evaluation; it may be a metric of torchmetrics for `preds` and `target`."""
 
 
 @runtime_checkable

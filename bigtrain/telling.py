@@ -55,6 +55,11 @@ class Telling:
         if self.console is not None:
             self.console.say(text)
 
+    def leave_view(self) -> None:
+        """Say what follows below the live view, which has come to its end."""
+        if self.console is not None:
+            self.console.leave_view()
+
     def close(self) -> None:
         """Let every tracker write what is left."""
         for tracker in self.trackers:
@@ -108,6 +113,7 @@ def finish_telling(
 ) -> None:
     """Keep what a run came to, write its report, and say its last words."""
     total = training.cadence.total_steps
+    telling.leave_view()
     if outcome.stopped:
         telling.tell({"step": outcome.steps, "event": "stop"})
         report(telling, folder, training.config)

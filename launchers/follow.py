@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -59,10 +60,12 @@ def standing(path: Path) -> Standing:
     Args:
         path: The run folder.
     """
-    started = [attempt for attempt in attempts(path) if (attempt / "start.json").exists()]
+    all_of_them = attempts(path)
+    started = [attempt for attempt in all_of_them if (attempt / "start.json").exists()]
     start = read_json(started[-1] / "start.json") if started else {}
     end = read_json(started[-1] / "end.json") if started else {}
-    step, loss = _last_numbers(path / "metrics.jsonl")
+    last = _last_row(path / "metrics.jsonl", lambda row: "loss" in row)
+    step, loss = (last.get("step"), float(last["loss"])) if last else (None, None)
     job = job_of(path)
     queued = state_of(job) if job else None
     where = f"job {job}" if job else _place(start)
@@ -75,6 +78,8 @@ def standing(path: Path) -> Standing:
         return Standing(RUNNING, where or holder or "", start.get("time", 0.0), step, loss)
     if (path / "result.json").exists():
         return Standing(FINISHED, where, (path / "result.json").stat().st_mtime, step, loss)
+    if all_of_them[len(started) :] and (all_of_them[-1] / "logs").is_dir():  # `bigtrain train`, without a launcher
+        return _of_one_process(path, step, loss)
     if end:
         return Standing(end["outcome"], where, end["time"], step, loss, end.get("cause"), end["code"])
     if not started:
@@ -101,22 +106,31 @@ def _changed(job: JobState, start: dict[str, Any], path: Path) -> float:
     return float(path.stat().st_mtime if job.is_waiting else start.get("time", path.stat().st_mtime))
 
 
-def _last_numbers(metrics: Path) -> tuple[int | None, float | None]:
-    """The step and the loss of the last line that has both."""
-    import json
+def _of_one_process(path: Path, step: int | None, loss: float | None) -> Standing:
+    """How a start without a launcher ended, by what it said last."""
+    said = _last_row(path / "metrics.jsonl", lambda row: row.get("event") in ("start", "stop", "failure")) or {}
+    since = float(said.get("time", path.stat().st_mtime))
+    if said.get("event") == "failure":
+        return Standing("failed", "", since, step, loss, str(said.get("text")), 1)
+    if said.get("event") == "stop":
+        return Standing("stopped", "", since, step, loss)
+    return Standing(BROKEN_OFF, "", since, step, loss, "its process was killed", 1)
 
+
+def _last_row(metrics: Path, is_it: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
+    """The last line of numbers or events for which that holds, as far as is looked back."""
     try:
         with metrics.open("rb") as file:
             file.seek(max(0, metrics.stat().st_size - _TAIL_BYTES))
             lines = file.read().splitlines()
     except OSError:
-        return None, None
+        return None
     for line in reversed(lines):
         with suppress(ValueError):
             row = json.loads(line)
-            if isinstance(row, dict) and "loss" in row:
-                return row.get("step"), float(row["loss"])
-    return None, None
+            if isinstance(row, dict) and is_it(row):
+                return row
+    return None
 
 
 # ---- logs ----------
@@ -177,7 +191,7 @@ class _Tail:
         self._read: dict[Path, int] = {}
 
     def move_on(self, path: Path) -> None:
-        started = [attempt for attempt in attempts(path) if (attempt / "start.json").exists()]
+        started = [a for a in attempts(path) if (a / "start.json").exists() or logs_of(a, self._rank)]
         for attempt in started[-2:] if self._attempt else started[-1:]:
             if self._attempt is not None and int(attempt.name) < int(self._attempt.name):
                 continue

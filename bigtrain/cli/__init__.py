@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from types import TracebackType
 from typing import Annotated, NoReturn
 
 import typer
@@ -80,6 +81,23 @@ def main() -> None:
             raise
         remedy = "give a place that you may write to, with room for it"
         _end(BigtrainError(f"{error.strerror}: {os.fsdecode(error.filename)}", remedy=remedy))
+    except Exception as error:
+        if _wants_traceback:
+            raise
+        # From the command on: what called it says nothing of what went wrong. The hook is torch's where ranks are many.
+        error.__traceback__ = _below_the_command(error.__traceback__)
+        sys.excepthook(type(error), error, error.__traceback__)
+        sys.exit(1)
+
+
+def _below_the_command(frames: TracebackType | None) -> TracebackType | None:
+    """The frames that a command called."""
+    below = frames
+    while frames is not None:
+        if frames.tb_frame.f_code.co_filename.startswith(os.path.dirname(__file__)):
+            below = frames.tb_next or below
+        frames = frames.tb_next
+    return below
 
 
 def _end(error: BigtrainError) -> NoReturn:

@@ -95,6 +95,10 @@ def show(name: Name, folder: Folder = Path("runs")) -> None:
             began, ended = _time(start["time"]), _time(end["time"]) if end else ""
             how = end.get("outcome", "running" if not found.is_over else "broken off")
             rows.append((attempt.name, began, ended, str(max(step, 0)), how, end.get("cause") or ""))
+        elif (attempt / "logs").is_dir():
+            rows.append(
+                (attempt.name, _time(attempt.stat().st_ctime), "", "", "in one process, without a launcher", "")
+            )
     _table(rows)
 
 

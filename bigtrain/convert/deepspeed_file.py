@@ -104,6 +104,8 @@ def _optimizer(optimizer: Mapping[str, Any], found: Found) -> None:
             found.put(ours, float(value))
         elif value is not None:
             found.leave(f"optimizer.params.{key}", _AUTO)
+        elif key == "weight_decay":
+            found.put(ours, 0.0)  # DeepSpeed's default, which is not ours
     for key in ("betas", "eps", "momentum", "nesterov"):
         value = params.pop(key, None)
         if value == "auto":

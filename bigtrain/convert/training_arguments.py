@@ -31,6 +31,8 @@ _SAME: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "dataloader_num_workers": ("data.workers", int),
     "save_total_limit": ("checkpoint.keep", int),
 }
+# Defaults of transformers that are not ours, for a file that holds what was changed only.
+_THEIR_DEFAULTS = {"learning_rate": 5e-5, "weight_decay": 0.0}
 # Keys whose meaning is read elsewhere below, or which change nothing.
 _READ = {
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
@@ -52,7 +54,7 @@ _READ = {
 def from_training_arguments(values: Mapping[str, Any], found: Found, processes: int) -> None:
     """Convert TrainingArguments; batches there are per process, so their number is needed."""
     for key, (ours, read) in _SAME.items():
-        value = values.get(key)
+        value = values.get(key, _THEIR_DEFAULTS.get(key))
         if value is not None and value != "" and not isinstance(value, Mapping):
             found.put(ours, read(value))
     _batches(values, found, processes)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bigtrain.dist import World
 from bigtrain.errors import UserError
-from bigtrain.protocols import Task
+from bigtrain.protocols import Batch, LossSum, Task
+from bigtrain.tasks.tensors import valid_part
 
 # Ranks that have reduced the same states have the same numbers but for the order in which a library added them up.
 _RELATIVE_DIFFERENCE = 1e-6
@@ -28,6 +31,38 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return total
 
 
+def metrics_of(task: Task) -> Any:
+    """A fresh accumulator for one evaluation; one of torchmetrics is shown the loss's `preds` and `target`."""
+    metrics = task.metrics()
+    return _Shown(metrics) if type(metrics).__module__.startswith("torchmetrics.") else metrics
+
+
+class _Shown:
+    """A metric of torchmetrics, or a collection of them, which sum over ranks by themselves."""
+
+    def __init__(self, metric: Any) -> None:
+        self._metric = metric
+        metric.reset()  # a task may hold one, and give it again and again
+
+    def to(self, device: torch.device) -> None:
+        self._metric.to(device)
+
+    def update(self, result: LossSum, batch: Batch) -> None:
+        if result.preds is None or result.target is None:
+            raise UserError(
+                f"{type(self._metric).__name__} compares predictions with targets, and the task's loss returned none",
+                where="task",
+                remedy="return LossSum(total, count, preds=…, target=…)",
+            )
+        self._metric.update(valid_part(result.preds, batch), valid_part(result.target, batch))
+
+    def compute(self) -> dict[str, Any]:
+        measured = self._metric.compute()
+        if isinstance(measured, Mapping):
+            return dict(measured)
+        return {re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self._metric).__name__).lower(): measured}
+
+
 def check_metrics(task: Task) -> None:
     """Refuse metrics of a user's own that cannot be used, before the first step.
 
@@ -38,7 +73,7 @@ def check_metrics(task: Task) -> None:
     """
     if getattr(type(task).metrics, "__module__", "").startswith("bigtrain."):
         return
-    metrics = task.metrics()
+    metrics = metrics_of(task)
     lacking = [method for method in ("update", "compute") if not callable(getattr(metrics, method, None))]
     if lacking:
         raise UserError(
@@ -50,14 +85,17 @@ def check_metrics(task: Task) -> None:
         )
 
 
-def checked(numbers: Any) -> Mapping[str, Any]:
-    """What `compute()` gave, if it is numbers by name.
+def checked(numbers: Any) -> dict[str, Any]:
+    """What `compute()` gave, if it is numbers by name; tensors of one number as such.
 
     Raises:
         UserError: Where it is not.
     """
     if isinstance(numbers, Mapping):
-        return numbers
+        return {
+            name: value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
+            for name, value in numbers.items()
+        }
     raise UserError(
         f"compute() of the task's metrics gives a {type(numbers).__name__}",
         where="task.name",

@@ -84,13 +84,19 @@ class Console:
         elif kind == "train":
             self._numbers(row)
 
-    def close(self) -> None:
-        """Leave the view as it is, and go below it."""
+    def leave_view(self) -> None:
+        """Draw the view for the last time, and go below it: what is said from now on comes after it."""
         self._closing.set()
         if self._watcher is not None:
             self._watcher.join()
-        if self._view is not None:
-            self._view.close()
+            self._watcher = None
+        view, self._view = self._view, None
+        if view is not None:
+            view.close()
+
+    def close(self) -> None:
+        """Leave the view as it is, and go below it."""
+        self.leave_view()
 
     def _evaluation(self, row: Mapping[str, Any]) -> None:
         words = wording.evaluation(row)
@@ -131,7 +137,7 @@ class Console:
         while not self._closing.wait(_SECONDS_UNTIL_A_DRAWING):
             if self._view is not None and step() < self._total:
                 self._view.draw(step(), apart=_SECONDS_UNTIL_A_DRAWING - 0.1)
-            if time.monotonic() - self._said_at > _SECONDS_UNTIL_A_SIGN:
+            if time.monotonic() - max(self._said_at, self._began_at) > _SECONDS_UNTIL_A_SIGN:
                 self._line(f"step {step()}/{self._total}")
 
     def _write(self, text: str) -> None:

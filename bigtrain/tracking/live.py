@@ -70,7 +70,9 @@ class View:
         self._live.update(self._picture(step, now), refresh=True)
 
     def close(self) -> None:
-        """Leave the last picture where it is, and go below it."""
+        """Leave a last picture, with all that was told, where it is, and go below it."""
+        if self._row:
+            self.draw(self._row["step"], is_last=True)
         self._live.stop()
 
     def _picture(self, step: int, now: float) -> Group:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchmetrics import MeanAbsoluteError, MetricCollection, R2Score
 
 import bigtrain
 from bigtrain.errors import (
@@ -36,6 +38,7 @@ from bigtrain.protocols import Batch, LossSum
 from bigtrain.tasks.classification import Classification
 from bigtrain.tasks.regression import Regression
 from bigtrain.tracking.reading import read_rows
+from launchers.follow import print_logs, standing
 
 SAMPLES = 23
 
@@ -289,7 +292,7 @@ class Tally:
 class Unmeasured(Regression):
     """Measures with something else."""
 
-    def __init__(self, metrics: type = Tally) -> None:
+    def __init__(self, metrics: Callable[[], Any] = Tally) -> None:
         self._metrics = metrics
 
     def metrics(self) -> Any:
@@ -299,11 +302,41 @@ class Unmeasured(Regression):
 def test_metrics_need_two_methods(config):
     assert train(config, task=Unmeasured()).evaluation["seen"] == 0.0
 
+    both = MetricCollection({"error": MeanAbsoluteError(), "of": R2Score()})
+    for name, metric in (("both", both), ("one", MeanAbsoluteError())):
+        numbers = train(config, (f"run.name={name}",), task=Unmeasured(lambda metric=metric: metric)).evaluation
+        plain = train(config, (f"run.name={name}-plain",)).evaluation
+        key = "error" if name == "both" else "mean_absolute_error"
+        assert numbers[key] == pytest.approx(plain["mae"], rel=1e-6)
+
     class Bare(Tally):
         result = 0.5
 
     with pytest.raises(UserError, match=r"compute\(\) of the task's metrics gives a float"):
         train(config, ("run.name=bare",), task=Unmeasured(Bare))
+
+
+def test_how_a_start_without_a_launcher_stands_and_what_it_said(config):
+    """It leaves no start.json and no end.json."""
+
+    def broken(info: StepInfo) -> None:
+        raise KeyError("of a hook")
+
+    with pytest.raises(KeyError):
+        train(config, hooks=[Hook(broken, every=4)])
+    path = Path(config["run"]["dir"], "mine")
+    found = standing(path)
+    assert (found.state, found.cause, found.step, found.code) == ("failed", "KeyError: 'of a hook'", 4, 1)
+    said: list[str] = []
+    print_logs(path, said.append)
+    assert said[0].startswith("mine: given:Net (26 parameters)")
+    lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (path / "metrics.jsonl").write_text("".join(line for line in lines if "failure" not in line))
+    assert standing(path).state == "broken off"
+    train(config, ("run.name=stopped",), hooks=[lambda info: info.stop()])
+    assert standing(path.with_name("stopped")).state == "stopped"
+    train(config)
+    assert standing(path).state == "finished"
 
 
 def test_an_evaluation_that_is_not_finite_is_said_once(config):

@@ -58,6 +58,17 @@ def test_a_file_that_is_not_there_is_an_error_and_debug_adds_the_traceback(bt):
     assert err.startswith("Traceback")
 
 
+def test_an_error_of_another_kind_shows_what_the_command_called(bt, monkeypatch):
+    def broken(*given, **named):
+        return [][1]
+
+    monkeypatch.setattr("bigtrain.config.loader.check", broken)
+    code, _, err = bt("config", "check", QUICKSTART)
+    assert code == 1
+    assert re.findall('File ".*/(.+)", line', err) == ["test_config_commands.py"]
+    assert err.endswith("IndexError: list index out of range\n")
+
+
 def test_show_prints_a_run_file(bt, tmp_path):
     code, out, _ = bt("config", "show", QUICKSTART, "optim.lr=3e-4")
     assert code == 0

@@ -131,6 +131,15 @@ def test_deepspeed(tmp_path: Path) -> None:
     }
 
 
+def test_what_is_left_out_of_a_configuration_is_its_librarys_default(tmp_path: Path) -> None:
+    """transformers 5.24: 5e-5, 0.0, 1.0; DeepSpeed 0.19.8: no decay, no clipping."""
+    _, config = converted(tmp_path, "args.json", {"output_dir": "out", "per_device_train_batch_size": 4})
+    assert (config.optim.lr, config.optim.weight_decay, config.optim.clip_grad_norm) == (5e-5, 0.0, 1.0)
+    bare = {"train_batch_size": 8, "zero_optimization": {"stage": 1}, "optimizer": {"type": "AdamW", "params": {}}}
+    _, config = converted(tmp_path, "ds.json", bare)
+    assert (config.optim.lr, config.optim.weight_decay, config.optim.clip_grad_norm) == (1e-3, 0.0, None)
+
+
 def test_deepspeed_of_transformers_is_mostly_auto(tmp_path: Path) -> None:
     values = {
         "train_batch_size": "auto",

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -29,13 +30,14 @@ console = Console(steps, style, __import__("pathlib").Path(log), title="mine")
 console.say("begins")
 for step in range(every, steps + 1, every):
     row = {"epoch": 0, "loss": 1 - step / steps * 0.75, "grad_norm": 1.5, "lr": [1e-3, 1e-3], "samples_per_s": 12345.6}
-    if step == steps:
-        console.log({"step": step, "event": "checkpoint", "bytes": 41e6, "seconds": 0.5})
     console.log({"step": step, **row, "peak_memory_bytes": 1.5e9, "peak_memory_rank": 3})
 print("from a hook")
 console.log({"step": steps, "epoch": 0, "eval/loss": 0.5, "eval/accuracy": 0.75})
 for _ in range(3):
     console.log({"step": steps, "event": "warning", "text": "rank 1 is slow"})
+console.log({"step": steps, "event": "checkpoint", "bytes": 41e6, "seconds": 0.5})
+console.leave_view()
+console.say("below")
 console.close()
 console.say("ends")
 """
@@ -78,15 +80,15 @@ def lines(written: str) -> list[str]:
     [
         (
             100,
-            "loss 0.2500   █▇▆▆▅▄▃▃▂▁   lr 0.001   norm 1.5",
+            "loss 0.2500   █▇▆▆▅▄▃▃▂▁   accuracy 0.7500   lr 0.001   norm 1.5",
             "mine   epoch 1   12,346 samples/s   memory 1.5 GB (rank 3)   saved step 100, 0:00 ago",
         ),
         (
             60,
-            "loss 0.2500   █▇▆▆▅▄▃▃▂▁   lr 0.001   norm 1.5",
+            "loss 0.2500   █▇▆▆▅▄▃▃▂▁   accuracy 0.7500   lr 0.001",
             "mine   epoch 1   12,346 samples/s   memory 1.5 GB (rank 3)",
         ),
-        (40, "loss 0.2500   lr 0.001   norm 1.5", "mine   epoch 1   12,346 samples/s"),
+        (40, "loss 0.2500   accuracy 0.7500   lr 0.001", "mine   epoch 1   12,346 samples/s"),
     ],
 )
 def test_the_view_shows_what_fits(tmp_path: Path, width: int, first: str, second: str) -> None:
@@ -95,7 +97,7 @@ def test_the_view_shows_what_fits(tmp_path: Path, width: int, first: str, second
     assert re.fullmatch("━+ 100/100  100%", bars[-1])
     assert len(bars[-1]) == width
     after = shown[len(shown) - shown[::-1].index(bars[-1]) :]
-    assert [line.rstrip() for line in after[:2]] == [first, second]
+    assert [line.rstrip() for line in after] == [first, second, "below", "ends"]
     assert max(map(len, shown)) <= width
 
 
@@ -121,7 +123,7 @@ def test_the_view_is_not_drawn_for_every_step(tmp_path: Path) -> None:
 def test_what_a_terminal_cannot_show_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
     shown = "\n".join(lines(on_terminal(tmp_path, 100, "100", "10", "auto")))
-    assert "loss 0.2500   lr" in shown
+    assert "loss 0.2500   accuracy 0.7500   lr" in shown
 
 
 @pytest.mark.parametrize("term", ["dumb", "unknown"])
@@ -139,11 +141,12 @@ def test_a_pipe_gets_lines(tmp_path: Path) -> None:
     assert ESCAPE.sub("", out).splitlines() == [
         "begins",
         "step 10/100  loss 0.9250  12,346 samples/s  epoch 1  lr 0.001  norm 1.5",
-        "step 100: checkpoint, 41 MB in 0.5 s",
         "step 100/100  loss 0.2500  12,346 samples/s  epoch 1  lr 0.001  norm 1.5",
         "from a hook",
         "epoch 1, step 100: evaluation  loss 0.5000  accuracy 0.7500",
         "step 100: warning: rank 1 is slow",
+        "step 100: checkpoint, 41 MB in 0.5 s",
+        "below",
         "ends",
     ]
 
@@ -171,6 +174,8 @@ def test_slow_steps_give_signs_of_life(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("bigtrain.tracking.console._SECONDS_UNTIL_A_DRAWING", 0.02)
     monkeypatch.setattr("bigtrain.tracking.console._SECONDS_UNTIL_A_SIGN", 0.1)
     console = Console(100, "none", tmp_path / "log", step=lambda: 7)
+    time.sleep(0.05)
+    assert not (tmp_path / "log").exists()  # not before there has been time for a first number
     wait_until(lambda: (tmp_path / "log").exists() and len((tmp_path / "log").read_text().splitlines()) == 3)
     console.close()
     assert set((tmp_path / "log").read_text().splitlines()) == {"step 7/100"}
