@@ -1,6 +1,6 @@
 """bigtrain's engines beside loops by hand on the bare libraries, and beside one another.
 
-    python benchmarks/engines.py [--rounds 6] [--steps 40]
+    python benchmarks/engines.py [--rounds 6] [--steps 40] [--size small|medium]
 
 1. A small gpt on two gloo ranks with one thread each: the same model, data, AdamW, clipping, schedule and check for
    numbers that are not finite, by hand (`fully_shard`; DeepSpeed's own engine in stages 1 to 3) and with bigtrain.
@@ -39,6 +39,8 @@ from bigtrain.processes import run_ranks
 from bigtrain.trainer import Subject, assemble
 
 ARGS = {"vocab": 257, "layers": 3, "width": 128, "heads": 4, "kv_heads": 4, "mlp_width": 352, "context": 64}
+# What a framework adds to a step does not grow with the model: a share says little without the step's length.
+SIZES = {"small": {}, "medium": {"layers": 6, "width": 256, "mlp_width": 704, "context": 128}}
 BATCH, LR, CLIP, TOTAL = 8, 1e-3, 1.0, 100_000
 
 
@@ -137,8 +139,9 @@ def with_bigtrain(world: World, engine: str) -> Callable[[], None]:
     return loop._one_step
 
 
-def take_turns(candidates: list[tuple[str, str]], rounds: int, steps: int) -> list[list[float]]:
+def take_turns(candidates: list[tuple[str, str]], rounds: int, steps: int, size: str) -> list[list[float]]:
     """Median step times in milliseconds of each candidate (by hand or bigtrain, and the engine), round by round."""
+    ARGS.update(SIZES[size])
     with join("cpu", needs_group=True) as world:
         makers = {"hand": by_hand, "bigtrain": with_bigtrain}
         made = [makers[who](world, engine) for who, engine in candidates]
@@ -185,8 +188,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--size", choices=SIZES, default="small")
     arguments = parser.parse_args()
-    turns = (arguments.rounds, arguments.steps)
+    turns = (arguments.rounds, arguments.steps, arguments.size)
+    ARGS.update(SIZES[arguments.size])
     print(f"torch {torch.__version__}, {arguments.rounds} rounds of {arguments.steps} steps\n")
     print("| | by hand, ms a step | bigtrain, ms a step | ratio, median (lowest to highest) |\n|---|---|---|---|")
     stages = ("deepspeed:1", "deepspeed:2", "deepspeed:3")

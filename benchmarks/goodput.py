@@ -78,7 +78,7 @@ def train(folder: Path, name: str, seconds: float, every: float | None) -> int:
         if time.monotonic() > next_kill:
             next_kill += every or 0
             below = psutil.Process(process.pid).children(recursive=True)
-            ranks = [p for p in below if "train" in p.cmdline() and "torch.distributed.run" not in p.cmdline()]
+            ranks = [process for process in below if process.name().startswith("bigtrain-")]
             if ranks:
                 kills += 1
                 choose.choice(ranks).send_signal(signal.SIGKILL)

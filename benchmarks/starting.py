@@ -89,7 +89,7 @@ def by_bigtrain(folder: Path) -> tuple[float, float]:
     while len(rows(metrics)) < 400:
         time.sleep(0.05)
     first = rows(metrics)[0]["time"] - began
-    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "train" in p.cmdline()]
+    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if p.name().startswith("bigtrain-")]
     killed = time.time()
     ranks[-1].send_signal(signal.SIGKILL)
     while not (after := [row for row in rows(metrics) if row["time"] > killed + 1.5]):

@@ -24,13 +24,22 @@ STEP_VARIABLE = "BIGTRAIN_STEP"
 # Set where the ranks of a machine share one log, which the scheduler writes.
 SHARED_LOG_VARIABLE = "BIGTRAIN_SHARED_LOG"
 
+# What the process of a rank that was forked is called, with its number.
+RANK_NAME = "bigtrain-"
+
+# On the ranks' stderr, when all of them have ended: what comes later is of the next attempt.
+END_OF_ATTEMPT = b"\0end of attempt\0\n"
+
+# What the server that ranks are forked from imports, separated by commas.
+PRELOAD_VARIABLE = "BIGTRAIN_PRELOAD"
+
 _OF_SCHEDULER = {
     "RANK": "SLURM_PROCID",
     "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
     "LOCAL_RANK": "SLURM_LOCALID",
     "GROUP_RANK": "SLURM_NODEID",
 }
-_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # of <linux/prctl.h>
 
 
 def stacks_of(attempt: Path, rank: int) -> Path:
@@ -42,6 +51,12 @@ def end_with_parent() -> None:
     """Have the system kill this process when its parent ends; it stays so over exec. Only Linux can."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def name_process(name: str) -> None:
+    """What lists of processes call this one: 15 characters at most."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode())
 
 
 def set_place() -> None:

@@ -1,30 +1,37 @@
-"""Ranks on this machine, through torchrun: rank 0 on the terminal, a log for each of the others.
+"""Ranks on this machine, through torchrun's agent: rank 0 on the terminal, a log for each of the others.
 
-torchrun starts them and ends them all when one fails; it restarts nothing. That is the supervisor's.
+The agent starts them and ends them all when one fails; it restarts nothing. That is the supervisor's.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import shlex
 import shutil
 import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
+from launchers.guarded import END_OF_ATTEMPT, PRELOAD_VARIABLE, RANK_NAME
 from launchers.plan import LaunchPlan, interpreter
-from launchers.starting import Agent, RankEnd, Ranks, children
+from launchers.starting import RankEnd, Ranks, children, end_tree, name_of
+from launchers.supervise import is_finished
 
-# After the first rank has failed, torchrun asks the others to end, and kills them after this long.
-_GRACE_SECONDS = 2
-
-_LIMITS = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_GRACE_SECONDS)}
-
-_AGENT_FAILED = re.compile(rb"^E\d{4} .*torch/distributed/elastic")
-_AGENT_SPEAKS = re.compile(rb"^[EWI]\d{4} .*torch/distributed/")
-_EXIT_OF_RANK = re.compile(r"rank\s+: (\d+) \(local_rank.*?exitcode\s+: (-?\d+)", re.DOTALL)
+# After the first rank has failed, the agent asks the others to end. They are killed after this long.
+_GRACE_SECONDS = 2.0
+# How long the last lines of an attempt may take to come through.
+_LAST_LINES_S = 2.0
+# How long the agent may take to end by itself.
+_END_S = 2.0
 
 
 class LocalStarter:
@@ -32,76 +39,185 @@ class LocalStarter:
 
     def __init__(self, plan: LaunchPlan) -> None:
         self._plan = plan
+        self._agent: _Agent | None = None
 
     def address(self) -> str:
         """Loopback: nobody else has to find it."""
         return "127.0.0.1"
 
     def shown(self) -> str:
-        """What would be started, as a person would type it."""
+        """What starts the same ranks by hand, once."""
         words = [f"{name}={shlex.quote(value)}" for name, value in sorted(self._plan.environment.items())]
-        return " ".join([*words, shlex.join(_command(self._plan, Path("ATTEMPT")))])
+        torchrun = ["torchrun", "--standalone", f"--nproc-per-node={self._plan.nproc}", "-m", *self._plan.program]
+        return " ".join([*words, shlex.join(torchrun)])
 
     def start(self, attempt: Path, environment: Mapping[str, str]) -> Ranks:
-        """Start torchrun; see `Starter`."""
-        inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-        return _Torchrun(_command(self._plan, attempt), {**inherited, **environment, **_LIMITS}, attempt)
+        """Have the agent start the ranks; see `Starter`."""
+        if self._agent is None or not self._agent.is_idle():
+            self.close()
+            self._agent = _Agent(self._plan)
+        return _LocalRanks(self._agent, self._plan, attempt, environment)
+
+    def close(self) -> None:
+        """End the agent."""
+        if self._agent is not None:
+            self._agent.close()
 
 
-def _command(plan: LaunchPlan, attempt: Path) -> list[str]:
-    return [
-        interpreter(),
-        "-m",
-        "launchers.guarded",
-        "torch.distributed.run",
-        "--nnodes=1",
-        f"--nproc-per-node={plan.nproc}",
-        "--max-restarts=0",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=127.0.0.1:0",
-        "--local-addr=127.0.0.1",
-        f"--log-dir={_scratch(attempt)}",
-        "-m",
-        "launchers.guarded",
-        *plan.program,
-    ]
-
-
-def _scratch(attempt: Path) -> Path:
-    """Where torchrun keeps files that nobody reads."""
-    return attempt / "logs" / ".torchrun"
-
-
-class _Torchrun:
-    def __init__(self, command: list[str], environment: Mapping[str, str], attempt: Path) -> None:
-        self._attempt = attempt
+class _LocalRanks:
+    def __init__(self, agent: _Agent, plan: LaunchPlan, attempt: Path, environment: Mapping[str, str]) -> None:
+        self._agent, self._attempt = agent, attempt
         self._asked: set[int] = set()
-        log = attempt / "logs" / "torchrun.log"
-        self._agent = Agent(command, environment, log, speaks=_AGENT_SPEAKS, failed=_AGENT_FAILED)
+        self._seen: set[int] = set()
+        self._gone_at: float | None = None
+        job = {
+            "nproc": plan.nproc,
+            "program": plan.program,
+            "environment": dict(environment),
+            "log": str(attempt / "logs" / "torchrun.log"),
+        }
+        agent.begin(job, attempt / "logs" / "rank-00000.stderr")
 
     def poll(self) -> int | None:
-        return self._agent.poll()
+        code = self._agent.poll()
+        if code is None:
+            self._end_those_left()
+        return code
 
     def signal(self, number: int) -> None:
-        # torchrun itself must not see it: it would give the ranks a few seconds and call it a failure.
-        for rank in children(self._agent.process.pid):
+        # The agent itself must not see it: it would give the ranks a few seconds and call it a failure.
+        for rank in self._agent.ranks():
             with suppress(ProcessLookupError):
                 os.kill(rank, number)
 
     def stop(self) -> None:
-        for rank in set(children(self._agent.process.pid)) - self._asked:
+        for rank in set(self._agent.ranks()) - self._asked:
             self._asked.add(rank)
             with suppress(ProcessLookupError):
                 os.kill(rank, signal.SIGTERM)
 
     def kill(self) -> None:
-        self._agent.kill()
+        if not self._agent.is_idle():
+            self._agent.kill()
 
     def ends(self) -> list[RankEnd]:
-        found = [RankEnd(int(rank), int(code)) for rank, code in _EXIT_OF_RANK.findall(self._agent.said())]
-        # With these torchrun ends the others.
-        return [end for end in found if end.code not in (-signal.SIGTERM, -signal.SIGINT)]
+        # With the two signals the agent ends the others.
+        return [end for end in self._agent.ends() if end.code not in (-signal.SIGTERM, -signal.SIGINT)]
 
     def close(self) -> None:
-        self._agent.close()
-        shutil.rmtree(_scratch(self._attempt), ignore_errors=True)
+        self._agent.wait_for_last_lines()
+
+    def _end_those_left(self) -> None:
+        """Kill the others some time after a rank is gone: the agent alone would wait for them for half a minute."""
+        alive = set(self._agent.ranks())
+        self._seen |= alive
+        if self._gone_at is None and self._seen - alive and not is_finished(self._attempt):
+            self._gone_at = time.monotonic()
+        if self._gone_at is not None and time.monotonic() - self._gone_at > _GRACE_SECONDS:
+            self.signal(signal.SIGKILL)
+
+
+class _Agent:
+    """The process of `launchers.agent`, and what is said to it and by it."""
+
+    def __init__(self, plan: LaunchPlan) -> None:
+        # For a socket, whose path may have 107 characters: a user's TMPDIR can be longer.
+        self._scratch = tempfile.mkdtemp(prefix="bigtrain-agent-", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
+        self._socket, theirs = socket.socketpair()
+        self._socket.setblocking(False)
+        inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        self._process = subprocess.Popen(
+            [interpreter(), "-m", "launchers.guarded", "launchers.agent", str(theirs.fileno()), self._scratch],
+            env={**inherited, **plan.environment, "PYTHONUNBUFFERED": "1", PRELOAD_VARIABLE: ",".join(plan.preload)},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            # A session of its own: a terminal's Ctrl-C must not reach it, nor the ranks, except through the supervisor.
+            start_new_session=True,
+        )
+        theirs.close()
+        self._said = b""
+        self._answer: dict[str, object] | None = {}
+        self._log: IO[bytes] | None = None
+        self._lock = threading.Lock()
+        self._is_through = threading.Event()
+        assert self._process.stderr is not None
+        threading.Thread(target=self._pass_on, args=(self._process.stderr,), daemon=True).start()
+
+    def begin(self, job: Mapping[str, object], log: Path) -> None:
+        """Start an attempt; what its rank 0 writes to stderr goes to the terminal and to a log."""
+        self._answer = None
+        self._is_through.clear()
+        with self._lock:
+            self._log = log.open("ab")
+        with suppress(OSError):  # it is gone, as `poll` will tell
+            self._socket.sendall(json.dumps(job).encode() + b"\n")
+
+    def is_idle(self) -> bool:
+        """Whether it is there and no attempt is under way."""
+        self._listen()
+        return self._answer is not None and self._process.poll() is None
+
+    def poll(self) -> int | None:
+        """The exit code of the attempt; None while it runs."""
+        self._listen()
+        if self._answer is None:
+            return self._process.poll()
+        return int(str(self._answer["code"]))
+
+    def ends(self) -> list[RankEnd]:
+        """How ranks ended badly, by what the agent says when all of them have ended."""
+        self._listen()
+        ends = (self._answer or {}).get("ends", [])
+        return [RankEnd(rank, code) for rank, code in ends]  # type: ignore[attr-defined]
+
+    def ranks(self) -> list[int]:
+        """Their processes: those that the agent's server has forked, but for what an import starts for a moment."""
+        forked = [process for child in children(self._process.pid) for process in children(child)]
+        return [process for process in forked if name_of(process).startswith(RANK_NAME)]
+
+    def kill(self) -> None:
+        """Kill it and everything below it."""
+        if self._process.poll() is None:
+            end_tree(self._process.pid)
+            self._process.wait()
+
+    def close(self) -> None:
+        """Let it end, which it does by itself when nobody speaks to it any more."""
+        is_idle = self.is_idle()
+        self._socket.close()
+        if is_idle:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_END_S)
+        self.kill()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def wait_for_last_lines(self) -> None:
+        """Wait until everything that the ranks of the attempt wrote has come through."""
+        self._is_through.wait(_LAST_LINES_S)
+        with self._lock:
+            if self._log is not None:
+                self._log.close()
+            self._log = None
+
+    def _listen(self) -> None:
+        with suppress(OSError):
+            self._said += self._socket.recv(1 << 16)
+        line, newline, rest = self._said.partition(b"\n")
+        if newline:
+            self._answer, self._said = json.loads(line), rest
+
+    def _pass_on(self, stream: IO[bytes]) -> None:
+        with stream:
+            for line in stream:
+                text, mark, _ = line.partition(END_OF_ATTEMPT)
+                if text:
+                    sys.stderr.buffer.write(text)
+                    sys.stderr.buffer.flush()
+                    with self._lock:
+                        if self._log is not None:
+                            self._log.write(text)
+                            self._log.flush()
+                if mark:
+                    self._is_through.set()
+        self._is_through.set()

@@ -15,6 +15,12 @@ from pathlib import Path
 from bigtrain.config.combinations import in_one_process, on_this_machine, refuse
 from bigtrain.config.schema import Config, Engine
 
+_WITHOUT_TORCH = ("bigtrain.cli", "bigtrain.config.loader", "numpy")
+_WITH_TORCH = (
+    *("bigtrain.running", "bigtrain.loop", "bigtrain.models", "bigtrain.data", "bigtrain.tracking.making"),
+    *("bigtrain.engines.ddp", "bigtrain.engines.fsdp", "torch._dynamo", "torch.distributed.elastic.multiprocessing"),
+)
+
 _GPU_DEVICE = re.compile(r"nvidia\d+")
 
 
@@ -32,6 +38,7 @@ class LaunchPlan:
         startup_timeout_s: How long everything up to the first step may take; None: for ever.
         max_restarts: How often it is started again in a row without a new checkpoint.
         leaves_result: Whether the run folder says of a run that has come to its end that it did.
+        preload: Modules that every rank imports before its first step; processes forked after that have them.
     """
 
     nproc: int
@@ -43,6 +50,7 @@ class LaunchPlan:
     startup_timeout_s: float | None = None
     max_restarts: int = 0
     leaves_result: bool = True
+    preload: tuple[str, ...] = ()
 
     @property
     def num_processes(self) -> int:
@@ -97,7 +105,19 @@ def make_plan(
         hang_timeout_s=health.hang_timeout_s,
         startup_timeout_s=health.startup_timeout_s,
         max_restarts=config.launch.max_restarts,
+        preload=preloaded(config),
     )
+
+
+def preloaded(config: Config) -> tuple[str, ...]:
+    """What ranks are forked with on this machine.
+
+    With a GPU nothing that may speak to the driver: a process that has spoken to it cannot be forked into ones that do.
+    """
+    if count_gpus(config):
+        return _WITHOUT_TORCH
+    engine = ("deepspeed",) if config.engine.name == "deepspeed" else ()
+    return (*_WITHOUT_TORCH, *_WITH_TORCH, *engine)
 
 
 def threads_per_rank(config: Config, nproc: int) -> int:

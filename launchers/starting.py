@@ -64,6 +64,9 @@ class Starter(Protocol):
             environment: What every rank is to find in its environment.
         """
 
+    def close(self) -> None:
+        """End what was kept from one attempt for the next."""
+
 
 class Agent:
     """A process that starts the ranks and speaks of them on stderr, among what rank 0 writes there itself.
@@ -73,20 +76,13 @@ class Agent:
         environment: Its environment.
         log: Where what it says goes.
         speaks: What its own lines look like.
-        failed: A line of its own after which all others are its own, too.
     """
 
     def __init__(
-        self,
-        command: list[str],
-        environment: Mapping[str, str],
-        log: Path,
-        *,
-        speaks: Pattern[bytes],
-        failed: Pattern[bytes] | None = None,
+        self, command: list[str], environment: Mapping[str, str], log: Path, *, speaks: Pattern[bytes]
     ) -> None:
         self.log = log
-        self._speaks, self._failed = speaks, failed
+        self._speaks = speaks
         # A session of its own: a terminal's Ctrl-C must not reach it, nor the ranks, except through the supervisor.
         self.process = subprocess.Popen(
             command, env=dict(environment), stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True
@@ -113,12 +109,9 @@ class Agent:
 
     def _pass_on(self, stream: IO[bytes]) -> None:
         """Copy rank 0's lines to the terminal and its log, the agent's own lines to another."""
-        all_its_own = False
         with stream, self.log.open("ab") as agents, self.log.with_name("rank-00000.stderr").open("ab") as ranks:
             for line in stream:
-                all_its_own = all_its_own or bool(self._failed and self._failed.match(line))
-                is_agents = all_its_own or bool(self._speaks.match(line))
-                for target in (agents,) if is_agents else (ranks, sys.stderr.buffer):
+                for target in (agents,) if self._speaks.match(line) else (ranks, sys.stderr.buffer):
                     target.write(line)
                     target.flush()
 
@@ -130,6 +123,14 @@ def children(pid: int) -> list[int]:
         with suppress(OSError):
             found += map(int, task.read_text().split())
     return found
+
+
+def name_of(pid: int) -> str:
+    """What lists of processes call a process; empty where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def end_tree(pid: int) -> None:

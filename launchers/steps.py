@@ -71,6 +71,9 @@ class StepStarter:
         command = step_command(plan, self._profile, attempt, name)
         return _Step(command, {**inherited, **ours}, attempt / "logs" / "srun.log", name)
 
+    def close(self) -> None:
+        """Nothing is kept from one step for the next."""
+
 
 def step_command(plan: LaunchPlan, profile: Profile, attempt: Path, name: str) -> list[str]:
     """The command that starts one attempt's ranks; a pure function."""

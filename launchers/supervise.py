@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -103,7 +103,7 @@ class Supervisor:
             0; the exit code of the rank that failed first; 128 + N after signal N; 75 where the caller is to start
             all of it again.
         """
-        with self._interrupt:
+        with self._interrupt, closing(self._starter):
             while True:
                 attempt = self._claim()
                 try:

@@ -48,13 +48,17 @@ def leave(code: int) -> NoReturn:
     """End a rank that is done, past the interpreter's own end.
 
     There, a thread of gloo that still wants the interpreter's lock is ended in the middle of C++, which ends the rank
-    with SIGABRT ("terminate called without an active exception"): it was seen twice in some hundreds of starts.
+    with SIGABRT ("terminate called without an active exception"): it was seen twice in some hundreds of starts. A
+    process that was forked goes past it by itself, and torchrun's agent waits for the word that it has come to its end.
     """
+    import multiprocessing
     import os
     import sys
 
     sys.stdout.flush()
     sys.stderr.flush()
+    if code == 0 and multiprocessing.parent_process() is not None:
+        sys.exit(0)
     os._exit(code)
 
 

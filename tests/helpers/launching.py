@@ -161,19 +161,30 @@ def until(condition: Callable[[], Any], timeout_s: float = 60, what: str = "it")
 
 
 def ranks_of(path: Path) -> list[int]:
-    """The processes that train a run, by its run file."""
-    found = []
-    for process in psutil.process_iter(["pid", "cmdline", "ppid"]):
+    """The processes that train a run, by its run file, rank 0 first where a launcher here forked them."""
+    forked, started = [], []
+    for process in psutil.process_iter(["pid", "cmdline", "ppid", "name"]):
         words = process.info["cmdline"] or []
-        if str(path) in words and "launchers.guarded" in words and not {"torch.distributed.run", "srun"} & set(words):
-            found.append((process.info["pid"], process.info["ppid"]))
-    pids = {pid for pid, _ in found}
-    return sorted(pid for pid, parent in found if parent not in pids)  # data workers are children of ranks
+        if process.info["name"].startswith("bigtrain-"):
+            if any(str(path) in ancestor.cmdline() for ancestor in process.parents()):
+                forked.append(
+                    (int(process.info["name"].removeprefix("bigtrain-")), process.info["pid"], process.info["ppid"])
+                )
+        elif str(path) in words and "launchers.guarded" in words and "srun" not in words:
+            started.append((process.info["pid"], process.info["pid"], process.info["ppid"]))
+    found = sorted(forked or started)
+    pids = {pid for _, pid, _ in found}
+    return [pid for _, pid, parent in found if parent not in pids]  # data workers are children of ranks
 
 
 def left_over(text: str) -> list[list[str]]:
-    """Processes whose command line mentions something."""
-    return [p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if text in " ".join(p.info["cmdline"] or [])]
+    """Processes whose command line mentions something, or that work in such a folder."""
+    found = []
+    folder = str(Path(text).parent) if Path(text).is_file() else text
+    for process in psutil.process_iter(["cmdline", "cwd", "name"]):
+        if text in " ".join(process.info["cmdline"] or []) or folder in (process.info["cwd"] or ""):
+            found.append([process.info["name"], *(process.info["cmdline"] or [])])
+    return found
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> None:

@@ -247,6 +247,29 @@ def test_a_data_worker_that_stalls(tmp_path: Path) -> None:
     assert re.search(r"rank \d is.*: waiting for data at \S*stalling.py:\d+ in sample", done.stderr)
 
 
+def test_ranks_are_forked_from_one_server_which_may_die_too(tmp_path: Path, whole: list[dict[str, object]]) -> None:
+    path = run_file(tmp_path, plant=True, launch={"max_restarts": 10})
+    (tmp_path / "slowly").touch()
+    process = begin(tmp_path, "launch", str(path), "--nproc=2")
+
+    def started_after(step: int) -> psutil.Process:
+        until(lambda: last_step(tmp_path / "runs/it") > step and len(ranks_of(path)) == 2, what="the next start")
+        return psutil.Process(ranks_of(path)[1])
+
+    first = started_after(2)
+    server, agent = first.parent(), first.parent().parent()
+    for victim in (first, server, agent):
+        step = last_step(tmp_path / "runs/it")
+        victim.kill()
+        until(lambda before=victim: not before.is_running(), what="its end")
+        after = started_after(step + 1)
+        assert (after.parent() == server) == (victim == first)
+    (tmp_path / "slowly").unlink()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert numbers(tmp_path / "runs/it") == whole
+
+
 @pytest.mark.parametrize("seed", range(50 if IS_FULL else 1))
 def test_kills_at_random(tmp_path: Path, whole: list[dict[str, object]], seed: int) -> None:
     """Up to three random ranks of a run are killed at random times, now and then the launcher or all ranks at once."""
