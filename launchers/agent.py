@@ -8,6 +8,7 @@ folder is for sockets and files that nobody reads.
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import socket
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import traceback
 import uuid
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 from launchers.forked import RankProcess, be_rank
@@ -25,6 +26,7 @@ from launchers.guarded import END_OF_ATTEMPT
 def main() -> None:
     """Carry out attempts until the launcher closes the socket."""
     tempfile.tempdir = sys.argv[2]  # here only: ranks have the user's
+    _start_tracker()
     forkserver.set_forkserver_preload(["launchers.preloaded"])
     forkserver.ensure_running()  # it imports while this process does
     stderr_of_ranks = os.dup(2)
@@ -37,12 +39,25 @@ def main() -> None:
             lines.flush()
 
 
+def _start_tracker() -> None:
+    """Start what unlinks semaphores when this process is killed; that there were some is nothing to tell a user."""
+    stderr = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    resource_tracker.ensure_running()
+    os.dup2(stderr, 2)
+    os.close(stderr)
+
+
 def _attempt(job: dict[str, Any]) -> dict[str, Any]:
     """Start the ranks of one attempt and wait for their end: an exit code, and [rank, code] of those that failed."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # torch's own way to write a traceback imports its compiler first: seconds.
+    for handler in logging.getLogger("torch.distributed").handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     with open(job["log"], "ab") as log:
         os.dup2(log.fileno(), 2)
     config = LaunchConfig(

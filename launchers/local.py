@@ -23,15 +23,13 @@ from typing import IO
 
 from launchers.guarded import END_OF_ATTEMPT, PRELOAD_VARIABLE, RANK_NAME
 from launchers.plan import LaunchPlan, interpreter
-from launchers.starting import RankEnd, Ranks, children, end_tree, name_of
+from launchers.starting import RankEnd, Ranks, children, command_of, end_tree, name_of
 from launchers.supervise import is_finished
 
 # After the first rank has failed, the agent asks the others to end. They are killed after this long.
 _GRACE_SECONDS = 2.0
 # How long the last lines of an attempt may take to come through.
 _LAST_LINES_S = 2.0
-# How long the agent may take to end by itself.
-_END_S = 2.0
 
 
 class LocalStarter:
@@ -177,19 +175,19 @@ class _Agent:
         return [process for process in forked if name_of(process).startswith(RANK_NAME)]
 
     def kill(self) -> None:
-        """Kill it and everything below it."""
+        """Kill it and everything below it, but for Python's tracker, which ends when it has tidied up after them."""
         if self._process.poll() is None:
-            end_tree(self._process.pid)
+            self._process.send_signal(signal.SIGSTOP)
+            for child in children(self._process.pid):
+                if b"resource_tracker" not in command_of(child):
+                    end_tree(child)
+            self._process.kill()
             self._process.wait()
 
     def close(self) -> None:
-        """Let it end, which it does by itself when nobody speaks to it any more."""
-        is_idle = self.is_idle()
-        self._socket.close()
-        if is_idle:
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(_END_S)
+        """End it, and leave nothing behind."""
         self.kill()
+        self._socket.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def wait_for_last_lines(self) -> None:

@@ -133,6 +133,14 @@ def name_of(pid: int) -> str:
         return ""
 
 
+def command_of(pid: int) -> bytes:
+    """The command line of a process; empty where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def end_tree(pid: int) -> None:
     """Kill a process and everything below it: it first, so that it starts nothing new."""
     with suppress(ProcessLookupError):
