@@ -14,6 +14,8 @@ from bigtrain.errors import UserError
 from bigtrain.failures import RankFailure, read_errors
 from launchers.starting import RankEnd
 
+_TAIL = 1 << 16  # characters of a log in which a library's last words are looked for
+
 
 @dataclass(frozen=True, slots=True)
 class Cause:
@@ -70,7 +72,8 @@ def find_cause(attempt: Path, ends: Sequence[RankEnd], code: int, *, step: int |
 def _of_death(end: RankEnd, attempt: Path, step: int | None) -> Cause:
     if end.code < 0:
         name = signal.Signals(-end.code).name
-        said, advice, code = f"was ended by {name}", _advice(-end.code), 128 - end.code
+        words = _last_words(attempt, end.rank) if -end.code == signal.SIGABRT else ""
+        said, advice, code = f"was ended by {name}{words}", _advice(-end.code, words), 128 - end.code
     else:
         said, advice, code = f"ended with exit code {end.code} and left no word", "see that rank's log", end.code
     brief = f"rank {end.rank} {said}"
@@ -79,7 +82,22 @@ def _of_death(end: RankEnd, attempt: Path, step: int | None) -> Cause:
     return Cause(text, brief, code, may_pass=True, rank=end.rank, step=step)
 
 
-def _advice(number: int) -> str:
+def _last_words(attempt: Path, rank: int) -> str:
+    """What a C++ library said as it ended the process; empty where it said nothing."""
+    try:
+        log = (attempt / "logs" / f"rank-{rank:05d}.stderr").read_text(errors="replace")[-_TAIL:]
+    except OSError:
+        return ""
+    said = [line.partition("what():")[2].strip() for line in log.splitlines() if "what():" in line]
+    return f": {said[-1]}" if said else ""
+
+
+def _advice(number: int, words: str) -> str:
+    if "collective mismatch" in words:
+        return (
+            "look for a part of the model that runs on some ranks only, or in another order: let every trained\n"
+            "      parameter take part on every rank (add its output times zero), or decide for all ranks alike"
+        )
     if number == signal.SIGKILL:
         return (
             "if nobody killed it, the machine ran out of memory: see the kernel's log, and lower train.micro_batch_size"

@@ -23,6 +23,7 @@ from bigtrain.beats import AGAIN, WATCH_VARIABLE, read_step, step_file
 from bigtrain.errors import UserError
 from bigtrain.failures import read_errors
 from bigtrain.runs import ATTEMPT_VARIABLE, give_back, read_json, write_atomically
+from bigtrain.terminal import leave_terminal
 from launchers import hangs
 from launchers.causes import Cause, find_cause
 from launchers.plan import LaunchPlan
@@ -246,7 +247,7 @@ class Supervisor:
 
 
 class _Interrupt:
-    """What SIGINT and SIGTERM do while ranks run.
+    """What SIGINT, SIGTERM and SIGHUP do while ranks run.
 
     The first lets them save and leave at a step boundary, a second gives them some seconds for it, a third ends them.
     """
@@ -257,7 +258,10 @@ class _Interrupt:
         self._deadline: float | None = None
 
     def __enter__(self) -> None:
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        leaving = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+            leaving.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._handle) for number in leaving}
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -269,6 +273,8 @@ class _Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
+        if number == signal.SIGHUP:
+            leave_terminal()
         if self._count == 1:
             self.number = number
         elif self._count == 2:

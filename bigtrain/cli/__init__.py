@@ -28,7 +28,8 @@ from bigtrain.cli.report import report
 from bigtrain.cli.sweep import sweep
 from bigtrain.cli.train import train
 from bigtrain.cli.try_run import try_run
-from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.errors import BigtrainError, ConfigError, SetupError
+from bigtrain.terminal import settle_outputs
 
 app = typer.Typer(
     name="bigtrain",
@@ -72,22 +73,35 @@ _REFUSALS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
 
 def main() -> None:
     """Run the command line; an error of ours is told in a few lines and sets the exit code, and so is a disk's."""
+    settle_outputs()
     try:
         app()
     except BigtrainError as error:
         _end(error)
     except OSError as error:
+        if not _is_somewhere():
+            _end(SetupError("the current directory is gone", remedy="go to one that is there: cd"))
         if error.errno not in _REFUSALS or error.filename is None:
-            raise
+            _show(error)
         remedy = "give a place that you may write to, with room for it"
         _end(BigtrainError(f"{error.strerror}: {os.fsdecode(error.filename)}", remedy=remedy))
     except Exception as error:
-        if _wants_traceback:
-            raise
-        # From the command on: what called it says nothing of what went wrong. The hook is torch's where ranks are many.
+        _show(error)
+
+
+def _is_somewhere() -> bool:
+    try:
+        return bool(os.getcwd())
+    except OSError:
+        return False
+
+
+def _show(error: Exception) -> NoReturn:
+    """Show an error of somebody else's code from the command on: what called that says nothing of what went wrong."""
+    if not _wants_traceback:
         error.__traceback__ = _below_the_command(error.__traceback__)
-        sys.excepthook(type(error), error, error.__traceback__)
-        sys.exit(1)
+    sys.excepthook(type(error), error, error.__traceback__)  # torch's own, where there are ranks
+    sys.exit(1)
 
 
 def _below_the_command(frames: TracebackType | None) -> TracebackType | None:

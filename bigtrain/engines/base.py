@@ -343,7 +343,8 @@ def take_no_part(engine: str, names: Sequence[str]) -> CombinationError:
     return CombinationError(
         f"the engine {engine} needs a gradient of every trained parameter, and these take no part in the loss: {shown}",
         where="model",
-        remedy="if they never do, freeze them (finetune.freeze): the results stay the same; or set engine.name to fsdp",
+        remedy="if they never do, freeze them (finetune.freeze): results stay the same; or set engine.name to fsdp;\n"
+        "if they do on some ranks or in some steps only, add what they give, times zero, to the loss",
     )
 
 

@@ -1,6 +1,7 @@
 """Signals: a handler only takes note, all ranks agree at a step boundary, save together and leave.
 
-SIGUSR2 (a time limit is near, or a preemption) means save and be started again; SIGTERM and SIGINT mean save and leave.
+SIGUSR2 (a time limit is near, or a preemption) means save and be started again; SIGTERM, SIGINT and SIGHUP (a
+closed terminal) mean save and leave.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from bigtrain.health.agreement import Agreement
 from bigtrain.runs import ATTEMPT_VARIABLE
+from bigtrain.terminal import leave_terminal
 
 # The same wish often comes twice, from a scheduler and from the launcher.
 _SAME_WISH_S = 2.0
@@ -38,9 +40,7 @@ def stop_on_signals(agreement: Agreement) -> Iterator[None]:
         yield
         return
     asked = _Asked(agreement)
-    before: dict[signal.Signals, Any] = {
-        number: signal.signal(number, asked.leave) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    before: dict[signal.Signals, Any] = {number: signal.signal(number, asked.leave) for number in asked.leaving}
     before[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, asked.start_again)
     for again in _unheard:
         agreement.wish_to_stop(again=again)
@@ -62,15 +62,16 @@ def ignore_from_now_on() -> None:
     """
     is_main_thread = threading.current_thread() is threading.main_thread()
     if ATTEMPT_VARIABLE in os.environ and is_main_thread:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)
 
 
 class _Asked:
-    leaving = (signal.SIGINT, signal.SIGTERM)
-
     def __init__(self, agreement: Agreement) -> None:
         self._agreement = agreement
+        self.leaving = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+            self.leaving.append(signal.SIGHUP)
         self._before = {number: signal.getsignal(number) for number in self.leaving}
         self._is_rank = ATTEMPT_VARIABLE in os.environ
         self._at: list[float] = []
@@ -80,6 +81,8 @@ class _Asked:
 
     def leave(self, number: int, frame: FrameType | None) -> None:
         self._agreement.wish_to_stop()
+        if number == signal.SIGHUP:
+            leave_terminal()
         if not self._is_rank:
             signal.signal(number, self._before[signal.Signals(number)])
             return

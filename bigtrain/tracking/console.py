@@ -6,11 +6,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console as RichConsole
 
+from bigtrain.terminal import print_nowhere
 from bigtrain.tracking import wording
 from bigtrain.tracking.base import kind_of
 from bigtrain.tracking.live import View
@@ -19,6 +21,21 @@ from bigtrain.tracking.live import View
 _LINE_EVERY = ((30.0, 2.0), (600.0, 10.0), (float("inf"), 50.0))  # (seconds since the start, seconds between lines)
 # Where steps are slow, a line all the same, so that a log shows that the run is alive; and a fresh view.
 _SECONDS_UNTIL_A_SIGN, _SECONDS_UNTIL_A_DRAWING = 55.0, 5.0
+
+
+class _Terminal(RichConsole):
+    """A console that says no more once its output has gone: rich would end the training for that."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with suppress(OSError, ValueError):
+            print_nowhere(self.file.fileno())  # what is left in its buffer would fail again at the end
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError:
+            self.on_broken_pipe()
 
 
 class Console:
@@ -45,7 +62,7 @@ class Console:
         step: Callable[[], int] | None = None,
     ) -> None:
         # In a notebook rich would make a widget of the view and a block of HTML of every line.
-        self._rich = RichConsole(highlight=False, soft_wrap=True, force_jupyter=False)
+        self._rich = _Terminal(highlight=False, soft_wrap=True, force_jupyter=False)
         self._total, self._title = total_steps, title
         can_draw = sys.stdout.isatty() and not self._rich.is_dumb_terminal
         self._style = style if style != "auto" else ("bar" if can_draw else "plain")

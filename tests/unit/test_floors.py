@@ -18,6 +18,7 @@ FLOORS = {
     "bigtrain.errors": 0,
     "bigtrain.sources": 0,
     "bigtrain.metrics": 0,
+    "bigtrain.terminal": 0,
     "bigtrain.beats": 1,
     "bigtrain.config": 1,
     "bigtrain.convert": 1,
@@ -73,6 +74,7 @@ FLOORS = {
 OPEN_TO_LAUNCHERS = (
     *("bigtrain.beats", "bigtrain.config", "bigtrain.errors", "bigtrain.lease", "bigtrain.named"),
     *("bigtrain.failures", "bigtrain.metrics", "bigtrain.runs", "bigtrain.sources", "bigtrain.starting"),
+    "bigtrain.terminal",
 )
 
 # What a module may not import although it stands above it.
@@ -97,6 +99,7 @@ TORCH_FREE = (
         "bigtrain.failures",
         "bigtrain.lease",
         "bigtrain.sources",
+        "bigtrain.terminal",
     ),
     *("bigtrain.metrics", "bigtrain.named", "bigtrain.patterns", "bigtrain.runs", "bigtrain.starting", "launchers"),
 )

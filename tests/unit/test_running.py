@@ -548,7 +548,8 @@ def interruptible(tmp_path):
         yield process, folder
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
 
 
 def wait_for_steps(process: subprocess.Popen[str], metrics: Path) -> None:
@@ -557,6 +558,27 @@ def wait_for_steps(process: subprocess.Popen[str], metrics: Path) -> None:
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_output_that_has_gone_does_not_end_a_training(interruptible):
+    process, folder = interruptible
+    process.stdout.close()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=3)  # a line is printed every two seconds
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 130
+    assert (folder / "checkpoints").is_dir()
+    assert "failure" not in (folder / "metrics.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_a_training_without_any_output(tmp_path):
+    (tmp_path / "mine.py").write_text(MODULE)
+    (tmp_path / "run.yaml").write_text(ENDLESS.replace("100000000", "2"))
+    environment = os.environ | {"PYTHONPATH": str(Path(bigtrain.__file__).parents[1])}
+    command = ["sh", "-c", f"{sys.executable} -m bigtrain train run.yaml >&- 2>&-"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=120)
+    assert json.loads((tmp_path / "runs/interrupted/result.json").read_text())["steps"] == 2
 
 
 def test_an_interrupt_stops_at_a_step_boundary(interruptible):

@@ -1,0 +1,47 @@
+"""Standard output that has gone, or cannot show everything: none of that may end a command, least of all a training.
+
+This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import sys
+
+_OUTPUTS = (1, 2)
+
+
+def settle_outputs() -> None:
+    """Let a process print whatever it likes: where an output is closed nowhere, and ? for what an encoding lacks."""
+    if sys.stdout is None or sys.stderr is None:  # files that are opened later must not get their numbers
+        while (number := os.open(os.devnull, os.O_RDWR)) <= max(_OUTPUTS):
+            pass
+        os.close(number)
+        sys.stdout, sys.stderr = sys.stdout or _text_on(1), sys.stderr or _text_on(2)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
+
+
+def _text_on(number: int) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.FileIO(number, "w", closefd=False), encoding="utf-8", line_buffering=True)
+
+
+def leave_terminal() -> None:
+    """Print nowhere from now on, where the outputs are a terminal, which has been hung up."""
+    for number in _OUTPUTS:
+        try:
+            is_terminal = stat.S_ISCHR(os.fstat(number).st_mode)  # isatty says no of one that is gone
+        except OSError:
+            continue
+        if is_terminal:
+            print_nowhere(number)
+
+
+def print_nowhere(number: int) -> None:
+    """Let what is written to an open file go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)

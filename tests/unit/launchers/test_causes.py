@@ -1,0 +1,35 @@
+"""Why an attempt failed, of what is left in its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launchers.causes import find_cause
+from launchers.starting import RankEnd
+
+# What gloo said of two ranks under fsdp, of which one left out a part of the model (torch 2.14.1).
+MISMATCH = (
+    "[enforce fail at gloo/transport/tcp/pair.cc:464] op.preamble.length <= op.nbytes. 20 vs 12. Received data size "
+    "doesn't match expected size. Is there a distributed collective mismatch in your code?"
+)
+
+
+@pytest.mark.parametrize(
+    ("log", "brief", "advice"),
+    [
+        (f"x\nterminate called\n  what():  {MISMATCH}\n", f": {MISMATCH}", "runs on some ranks only"),
+        ("terminate called\n  what():  std::bad_alloc\n", ": std::bad_alloc", "crashed in native code"),
+        ("", "", "crashed in native code"),
+        (None, "", "crashed in native code"),
+    ],
+)
+def test_a_library_that_ends_a_process_is_quoted(tmp_path: Path, log: str | None, brief: str, advice: str) -> None:
+    (tmp_path / "logs").mkdir()
+    if log is not None:
+        (tmp_path / "logs" / "rank-00001.stderr").write_text(log)
+    cause = find_cause(tmp_path, [RankEnd(1, -6)], 1, step=3, debug=False)
+    assert cause.brief == f"rank 1 was ended by SIGABRT{brief}"
+    assert advice in cause.text
+    assert cause.exit_code == 134
