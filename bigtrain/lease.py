@@ -70,9 +70,14 @@ def read(folder: Path) -> Lease | None:
 def drop(folder: Path, attempt: int) -> None:
     """Give the run back, if this attempt still owns it."""
     lease = read(folder)
-    if lease is not None and lease.attempt == attempt:
-        with suppress(OSError):
-            _write(folder, replace(lease, has_ended=True))
+    if lease is None or lease.attempt != attempt:
+        return
+    ended = replace(lease, has_ended=True)
+    try:
+        _write(folder, ended)
+    except OSError:  # a full disk: in place it is as long as it was, and needs no room
+        with suppress(OSError), (folder / LEASE).open("r+", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(ended)) + " \n")
 
 
 def await_claim(folder: Path, attempt: int) -> None:

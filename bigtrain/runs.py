@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain import lease
-from bigtrain.errors import RunFolderError
+from bigtrain.errors import RunFolderError, TrainingError
 from bigtrain.metrics import to_json
 
 ATTEMPT_VARIABLE = "BIGTRAIN_ATTEMPT_DIR"
@@ -131,8 +131,19 @@ class RunFolder:
             return False
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Mark the run as finished, with what it came to: plain numbers, text, lists and mappings."""
-        write_atomically(self.result, json.dumps(to_json(result), indent=2, allow_nan=False) + "\n")
+        """Mark the run as finished, with what it came to: plain numbers, text, lists and mappings.
+
+        Raises:
+            TrainingError: Where the disk refuses that.
+        """
+        try:
+            write_atomically(self.result, json.dumps(to_json(result), indent=2, allow_nan=False) + "\n")
+        except OSError as error:
+            raise TrainingError(
+                f"the run has come to its end, and cannot be marked as finished: {error.strerror}",
+                where=str(self.result),
+                remedy="free some space, or make it writable; the same command then ends it, from its last checkpoint",
+            ) from error
 
 
 def check_free(folder: str | Path, name: str, allowed: Allowed = Allowed()) -> None:
@@ -334,6 +345,9 @@ def write_atomically(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write says no name
+        raise
     finally:
         with suppress(OSError):  # where it could not be made
             aside.unlink(missing_ok=True)

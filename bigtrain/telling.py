@@ -125,7 +125,8 @@ def finish_telling(
         text = f"no evaluation has been better than {patience} for {patience.since} in a row"
         telling.tell({"step": outcome.steps, "event": "early stop", "text": text})
     if examples:
-        write_atomically(folder.path / "samples.json", json.dumps(list(examples)) + "\n")
+        with suppress(OSError):  # a full disk: what matters more says so
+            write_atomically(folder.path / "samples.json", json.dumps(list(examples)) + "\n")
     numbers = {name: _plain(value) for name, value in outcome.evaluation.items() if _is_small(value)}
     folder.finish(
         {

@@ -114,7 +114,9 @@ def _of_one_process(path: Path, step: int | None, loss: float | None) -> Standin
         return Standing("failed", "", since, step, loss, str(said.get("text")), 1)
     if said.get("event") == "stop":
         return Standing("stopped", "", since, step, loss)
-    return Standing(BROKEN_OFF, "", since, step, loss, "its process was killed", 1)
+    return Standing(
+        BROKEN_OFF, "", since, step, loss, "it ended without a word: its process was killed, or the disk was full", 1
+    )
 
 
 def _last_row(metrics: Path, is_it: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:

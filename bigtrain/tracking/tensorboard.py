@@ -15,7 +15,7 @@ class TensorBoard:
     """Writes rows to <run folder>/tensorboard, under the names that W&B shows.
 
     Args:
-        run: The run. What an earlier start wrote of steps that are taken again, TensorBoard leaves out.
+        run: The run. Of steps that are taken again, after a restart or a spike, TensorBoard leaves out the first.
     """
 
     def __init__(self, run: TrackedRun) -> None:
@@ -29,13 +29,14 @@ class TensorBoard:
         self._events, self._summaries = event_pb2, summary_pb2
         self._writer = EventFileWriter(str(Path(run.path) / "tensorboard"), flush_secs=10)
         if run.step:
-            started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._write(run.step + 1, time.time(), session_log=started)
+            self._go_on_from(run.step)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Write one row."""
         kind = kind_of(row)
         if kind == "event":
+            if row["event"] == "rollback":
+                self._go_on_from(row["step"])
             return
         if kind == "histograms":
             values = [self._histogram(f"weights/{name}", held) for name, held in row["histograms"].items()]
@@ -44,6 +45,10 @@ class TensorBoard:
             values = [make(tag=name, simple_value=value) for name, value in flat(row).items()]
         when = row.get("time") or time.time()
         self._write(row["step"], when, summary=self._summaries.Summary(value=values))
+
+    def _go_on_from(self, step: int) -> None:
+        """Let TensorBoard leave out what it has of later steps, which are taken again."""
+        self._write(step + 1, time.time(), session_log=self._events.SessionLog(status=self._events.SessionLog.START))
 
     def _write(self, step: int, when: float, **what: Any) -> None:
         self._writer.add_event(self._events.Event(wall_time=when, step=step, **what))

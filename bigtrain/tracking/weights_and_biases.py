@@ -2,14 +2,16 @@
 
 The id is made once and lies in the run folder before wandb hears of it. Steps go on an axis of their own, because
 wandb drops what comes with a smaller `step=`. What wandb has already (on its server, or in its files here) is not sent
-again; what it lacks of earlier starts is taken from metrics.jsonl. This runs in the trackers' process, and only there:
-wandb may hang or fail as it likes.
+again; what it lacks of earlier starts is taken from metrics.jsonl. Steps that a spike undid stay as they were sent, and
+are not sent twice: that the run went back is marked. This runs in the trackers' process, and only there: wandb may hang
+or fail as it likes.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
+import shlex
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -96,6 +98,7 @@ class WeightsAndBiases:
         }
         precision = run.config.get("precision", "fp32")
         self._tags = [*tags, *_tags_of_starts(self._folder), run.engine, f"world-{run.world_size}", str(precision)]
+        self._rollbacks = sum(row["event"] == "rollback" for row in read_events(self._folder))
         self._is_online = wandb_files.is_online(mode)
         self._run = self._start()
         self._sent = self._already_sent()
@@ -202,6 +205,10 @@ class WeightsAndBiases:
         self._run.log({**found, STEP: row["step"]})
 
     def _event(self, row: Mapping[str, Any]) -> None:
+        if row["event"] == "rollback":  # what W&B has of the steps that are undone cannot be taken back: it is marked
+            self._rollbacks += 1
+            self._run.log({"train/rollbacks": self._rollbacks, STEP: self._sent[0]})
+            self._run.tags = (*(self._run.tags or ()), "rolled-back")
         if row["event"] == "checkpoint" and row.get("path"):
             import wandb
 
@@ -229,5 +236,5 @@ class WeightsAndBiases:
         if self._is_online:
             wandb_files.mark_sent(self._folder, self._run.id)
         else:
-            shown = os.path.relpath(folder.parent)
+            shown = shlex.quote(os.path.relpath(folder.parent))
             self._say(f"W&B has its files here; to send them: wandb sync {shown}/*run-*-{self._run.id}*")

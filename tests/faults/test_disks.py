@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import bigtrain
+from bigtrain import lease
 from bigtrain.checkpoint import find, verify
-from bigtrain.errors import DiskFullError
+from bigtrain.errors import DiskFullError, TrainingError
 from tests.helpers.faulty import before_file_operations
 from tests.helpers.resuming import STEPS, config, losses
 
@@ -78,6 +79,16 @@ def test_on_full_continue_trains_on_and_saves_when_there_is_room(tmp_path, small
     assert [path.name for path in find(run.path / "checkpoints")] == ["step-00000012", "step-00000004"]
     whole = bigtrain.train(config(tmp_path), ["run.name=whole"])
     assert losses(run) == losses(whole)
+
+
+def test_a_run_that_cannot_be_marked_as_finished_says_so_and_is_given_back(tmp_path, small_disk):
+    def fill_at_the_end(info):
+        if info.step == STEPS:
+            fill(small_disk, 0)
+
+    with pytest.raises(TrainingError, match="cannot be marked as finished: No space left"):
+        bigtrain.train(values(tmp_path, small_disk, at_end=False, every_steps=5), hooks=[fill_at_the_end])
+    assert lease.live_holder(small_disk / "run") is None  # the disk had no room for a new file of that
 
 
 def test_too_little_room_is_known_before_the_first_step(tmp_path, small_disk):

@@ -51,6 +51,18 @@ def test_a_restart_replaces_the_steps_it_takes_again(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in losses] == [(step, 1.0 if step < 11 else 2.0) for step in range(1, 21)]
 
 
+def test_steps_that_a_spike_undid_are_replaced(tmp_path: Path) -> None:
+    tracker = TensorBoard(TrackedRun(str(tmp_path), "it"))
+    for step in range(1, 18):
+        tracker.log(row(step, 1.0))
+    tracker.log({"step": 10, "event": "rollback", "text": "back to step 10"})
+    for step in range(11, 21):
+        tracker.log(row(step, 2.0))
+    tracker.close()
+    losses = read(tmp_path).Scalars("train/loss")
+    assert [(e.step, e.value) for e in losses] == [(step, 1.0 if step < 11 else 2.0) for step in range(1, 21)]
+
+
 def test_histograms(tmp_path: Path) -> None:
     held = {"edges": [-1.0, 0.0, 1.0], "counts": [3, 5], "min": -0.5, "max": 0.5, "sum": 1.0, "sum_squares": 2.0}
     tracker = TensorBoard(TrackedRun(str(tmp_path), "it"))

@@ -5,6 +5,7 @@ server that takes, refuses, hangs, drops, and has deleted runs.
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -89,7 +90,7 @@ def test_offline_a_kill_and_two_restarts_are_one_series_and_wandb_sync_sends_one
     tmp_path: Path, logged_in: WandbServer
 ) -> None:
     """RELIABILITY H8: killed after steps that were logged and not saved."""
-    folder = tmp_path / "it"
+    folder = tmp_path / "of mine"
     train(folder, range(1, 18), mode="offline", kill=True)
     run_id = (folder / "wandb_id").read_text()
     train(folder, range(11, 24), mode="offline", engine="ddp", kill=True)
@@ -101,9 +102,9 @@ def test_offline_a_kill_and_two_restarts_are_one_series_and_wandb_sync_sends_one
     assert logged_in.requests == 0
 
     (line,) = said
-    command = line.partition("to send them: ")[2].removeprefix("wandb sync ")
+    *_, pattern = shlex.split(line.partition("to send them: ")[2])
     wandb = [sys.executable, "-m", "wandb", "sync"]
-    sent = [str(path.absolute()) for path in Path().glob(command)]
+    sent = [str(path.absolute()) for path in Path().glob(pattern)]
     done = subprocess.run([*wandb, *sent], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     run = logged_in.run()
@@ -112,6 +113,23 @@ def test_offline_a_kill_and_two_restarts_are_one_series_and_wandb_sync_sends_one
     assert run.series("eval/accuracy") == evaluations(30)
     assert run.config["optim.lr"]["value"] == 1e-3
     assert set(run.tags) == {"fsdp", "ddp", "world-2", "bf16"}
+
+
+def test_steps_that_a_spike_undid_are_not_sent_twice_and_marked(tmp_path: Path, logged_in: WandbServer) -> None:
+    folder = tmp_path / "it"
+    folder.mkdir()
+    run = TrackedRun(str(folder), "it", CONFIG, "fsdp", 2, 0, os.getpid(), "bigtrain train x.yaml")
+    outside = Outside([Spec("W&B", FACTORY, {"mode": "online"})], run, folder / "log", lambda text: None)
+    for step in range(1, 8):
+        outside.log({"step": step, "epoch": 0, "loss": value(step), "lr": [1e-3]})
+    outside.log({"step": 4, "event": "rollback", "text": "back to step 4", "time": time.time()})
+    for step in range(5, 11):
+        outside.log({"step": step, "epoch": 0, "loss": value(step), "lr": [1e-3]})
+    outside.close()
+    kept = logged_in.run()
+    assert kept.series("train/loss") == whole(10)
+    assert kept.series("train/rollbacks") == [(7, 1)]
+    assert "rolled-back" in kept.tags
 
 
 def test_what_wandb_took_before_a_kill_but_metrics_did_not_is_not_sent_again(tmp_path: Path) -> None:
