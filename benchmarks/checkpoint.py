@@ -3,12 +3,14 @@
     python benchmarks/checkpoint.py [--gb 2] [--folder DIR] [--rounds 3]
 
 Everything runs in one process, the contenders in turn (A-B-B-A), and medians are shown with the least and the most.
+torch has one thread; bigtrain reads large tensors with two.
 The state is weights and Adam's two moments in float32.
 
 - lost: a training of matrix products goes on while a checkpoint is written; what its steps take more than their median
   without one, summed until the commit. `first` is the first save of the process, `later` those after it.
 - write, read: seconds, and the share of the speed of a raw copy of as many bytes to the same disk with the same fsync
   (of a raw read from the page cache). Reading verifies every byte; nobody else does.
+- the copy alone, hashing alone: the bare operations, in memory that is there, below which nothing that does them can be.
 - reshard: what three ranks of fsdp read of what two of ZeRO-3 wrote, beside what two of ZeRO-3 read of it.
 """
 
@@ -31,6 +33,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from bigtrain.checkpoint import Background, Ranks, open_checkpoint, save
+from bigtrain.checkpoint.shards import CHUNK, hash_of
 from bigtrain.dist import World
 from bigtrain.state import EngineState, Piece, boxes_of_slice, whole
 
@@ -144,6 +147,20 @@ def raw_read(path: Path, out: dict[tuple[str, str], Tensor]) -> None:
                 view = view[file.readinto(view) :]
 
 
+def hash_all(state: dict[tuple[str, str], Tensor]) -> None:
+    """What verifying costs where the bytes are no longer in a cache."""
+    for tensor in state.values():
+        view = tensor.view(-1).view(torch.uint8).numpy().data
+        for start in range(0, view.nbytes, CHUNK):
+            hash_of(view[start : start + CHUNK])
+
+
+def copy_all(state: dict[tuple[str, str], Tensor], out: dict[tuple[str, str], Tensor]) -> None:
+    """What no copy of the state that training waits for can do without."""
+    for key, tensor in state.items():
+        out[key].copy_(tensor)
+
+
 def read_pieces(path: Path, state: EngineState) -> None:
     """All of what a rank holds."""
     with open_checkpoint(path) as reader:
@@ -175,10 +192,12 @@ def compare_lost(state: dict[tuple[str, str], Tensor], folder: Path, rounds: int
         return lost_by(start)
 
     dcp_first = dcp_async(10**6)
+    copy = {key: tensor.clone() for key, tensor in state.items()}
     found = interleaved(
         {
             "bigtrain background": lambda n: lost_by(lambda: ours_in_background(background, pieces, n + 1)),
             "dcp.async_save": dcp_async,
+            "the copy alone": lambda n: timed(lambda: copy_all(state, copy)),
         },
         rounds,
     )
@@ -223,6 +242,7 @@ def compare_reading(state: dict[tuple[str, str], Tensor], folder: Path, rounds: 
             "bigtrain, verified": lambda n: timed(lambda: read_pieces(ours, whole_pieces(out))),
             "dcp.load": lambda n: timed(lambda: dcp.load(named(out), checkpoint_id=folder / "dcp")),
             "torch.load": lambda n: timed(lambda: torch.load(folder / "torch", weights_only=True)),
+            "hashing alone": lambda n: timed(lambda: hash_all(out)),
         },
         rounds,
     )
