@@ -10,7 +10,7 @@ The state is weights and Adam's two moments in float32.
   without one, summed until the commit. `first` is the first save of the process, `later` those after it.
 - write, read: seconds, and the share of the speed of a raw copy of as many bytes to the same disk with the same fsync
   (of a raw read from the page cache). Reading verifies every byte; nobody else does.
-- the copy alone, hashing alone: the bare operations, in memory that is there, below which nothing that does them can be.
+- the copy alone, hashing alone: the bare operations, in memory that is there; what does them cannot be faster.
 - reshard: what three ranks of fsdp read of what two of ZeRO-3 wrote, beside what two of ZeRO-3 read of it.
 """
 
