@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bigtrain.checkpoint import json_exact
 from bigtrain.checkpoint.files import DISK, Files
+from bigtrain.checkpoint.folders import step_of
 from bigtrain.checkpoint.layout import Key, intersection, span
 from bigtrain.checkpoint.manifest import LARGEST_MANIFEST, MANIFEST, STATE, Manifest, decode, shard_name
 from bigtrain.checkpoint.shard_file import ShardFile, corrupt, read_all, read_verified
@@ -66,6 +67,8 @@ class CheckpointReader:
         except ValueError:
             raw = read_all(self.path / MANIFEST, LARGEST_MANIFEST, files)  # once more, from a fresh open
             self.manifest = _decoded(raw, self.path)
+        if step_of(self.path) not in (None, self.manifest.step):
+            raise corrupt(self.path / MANIFEST, f"it is of step {self.manifest.step}: the folder has been renamed")
         self.manifest_hash = hash_of(raw).hex()
         self.hyper, self.extra = self._read_state()
         self.index: Mapping[Key, TensorSpec] = {

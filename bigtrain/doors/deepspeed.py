@@ -32,6 +32,7 @@ Key = tuple[str, str]
 _LATEST, _LATEST_UNIVERSAL = "latest", "latest_universal"
 _MODEL, _OPTIMIZER, _WEIGHT_FILE = "mp_rank_00_model_states.pt", "optimizer_state.pt", "fp32.pt"
 _MODEL_OF_STAGE_3 = f"zero_pp_rank_0_{_MODEL}"  # the same under the name that it looks for in stage 3
+_LONGEST_NAME = 255  # bytes, on every common file system
 
 
 def write(path: Path, reader: Any) -> None:
@@ -40,7 +41,11 @@ def write(path: Path, reader: Any) -> None:
     Args:
         path: The folder.
         reader: What has `index`, `hyper`, `extra`, `step`, and `whole(key)`, a tensor by kind and name.
+
+    Raises:
+        CheckpointError: Where a name cannot be that of a folder.
     """
+    _check_names(reader)
     library = _library()
     tag = f"global_step{reader.step}"
     zero = path / tag / "zero"
@@ -60,6 +65,22 @@ def write(path: Path, reader: Any) -> None:
     torch.save(_model_state(reader, library.__version__), path / tag / _MODEL)
     shutil.copy(path / tag / _MODEL, path / tag / _MODEL_OF_STAGE_3)
     torch.save(_optimizer_state(reader, library.__version__), zero / _OPTIMIZER)
+
+
+def _check_names(reader: Any) -> None:
+    """See that no name leads out of the folder: whoever made the checkpoint may have chosen it for that."""
+    wrong = [
+        name
+        for key in reader.index
+        for name in key
+        if name in ("", ".", "..") or "/" in name or "\0" in name or len(f"{name}.pt".encode()) > _LONGEST_NAME
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"DeepSpeed has a folder for every parameter, and none can be called {wrong[0][:200]!r}",
+            where=str(reader.path),
+            remedy="export it --to dcp or --to torch",
+        )
 
 
 def _model_state(reader: Any, version: str) -> dict[str, Any]:

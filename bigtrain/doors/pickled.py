@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
+from bigtrain.doors.dcp import key_of
 from bigtrain.doors.kept import KEY, from_tensor
 from bigtrain.doors.memory import tensor_for
 from bigtrain.errors import CheckpointError, CorruptError
@@ -33,6 +37,17 @@ def load(path: Path) -> Any:
         raise CorruptError(f"{path} cannot be read: {error}", where=str(path)) from error
 
 
+class _Remembering(FileSystemReader):
+    """Reads the table of contents once, and not again for every tensor."""
+
+    _found: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **options: Any) -> Metadata:
+        """The table of contents."""
+        self._found = self._found or super().read_metadata(*args, **options)
+        return self._found
+
+
 class DcpReader:
     """A folder of torch.distributed.checkpoint.
 
@@ -46,16 +61,12 @@ class DcpReader:
     form = "dcp"
 
     def __init__(self, path: Path) -> None:
-        from torch.distributed.checkpoint.filesystem import FileSystemReader
-        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-        from bigtrain.doors.dcp import key_of
-
         self.path = path
         if not (path / ".metadata").is_file():
             raise CheckpointError(f"{path} is no DCP folder: it holds no .metadata", where=str(path))
         try:
-            metadata = FileSystemReader(path).read_metadata()
+            self._files = _Remembering(path)
+            metadata = self._files.read_metadata()
         except Exception as error:  # whatever unpickling says of a damaged file
             raise CorruptError(f"{path / '.metadata'} cannot be read: {error}", where=str(path)) from error
         tensors = {
@@ -90,11 +101,8 @@ class DcpReader:
         self._last = None
 
     def _read(self, entry: str, spec: TensorSpec) -> Tensor:
-        from torch.distributed.checkpoint.filesystem import FileSystemReader
-        from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
-
         state = {entry: tensor_for(spec)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is one process
-            load_tensors(state, storage_reader=FileSystemReader(self.path), no_dist=True)
+            load_tensors(state, storage_reader=self._files, no_dist=True)
         return state[entry]

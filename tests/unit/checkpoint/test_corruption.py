@@ -343,6 +343,19 @@ def test_an_error_in_either_thread_is_an_error(large, chunk):
         assert_holds(path, tensors, Files(fail, pauses=(0.001,)))
 
 
+def test_a_checkpoint_under_another_steps_name_is_none(folder):
+    """Loaded, it would stay the newest for ever, and what is trained after it would be lost at the next start."""
+    shutil.copytree(folder / "step-00000001", folder / "step-00000009")
+    with pytest.raises(CorruptError, match="it is of step 1: the folder has been renamed"):
+        open_checkpoint(folder / "step-00000009")
+    assert not verify(folder / "step-00000009").is_good
+    for step, _ in on_ranks(2, lambda ranks: load(folder, ranks)):
+        assert step == 2
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002", "step-00000009.bad"]
+    shutil.copytree(folder / "step-00000001", folder / "before_the_change")  # a name that says nothing
+    assert open_checkpoint(folder / "before_the_change").step == 1
+
+
 def test_ranks_wait_for_what_rank_0_sees(folder):
     """A shared file system shows a new checkpoint to one machine later than to another."""
     late = Files(Failing("open", "manifest.json", 6, errno.ENOENT), pauses=(0.001,))

@@ -159,6 +159,33 @@ def test_what_comes_back_is_the_same_to_the_last_bit_and_goes_on(checkpoint, tmp
         assert theirs.extra == ours.extra
 
 
+@pytest.mark.parametrize("key", [("weight", "{}"), ("weight", "../../../{0.name}"), ("{}", "w")])
+@pytest.mark.parametrize("name", ["outside", "", "..", "a/b", "nul\0", "x" * 260])
+def test_no_name_leads_out_of_what_is_exported(tmp_path, key, name):
+    """DeepSpeed's form has a folder for every parameter, and a hostile checkpoint chooses the names."""
+    outside = tmp_path / "outside" if name == "outside" else Path(name)
+    kind, name = (part.format(outside) for part in key)
+    if "/" not in kind + name and kind != "weight":
+        kind = f"{kind}/x"  # an empty kind cannot be saved
+    tensors = {(kind, name): torch.zeros(2), ("weight", "v"): torch.zeros(3)}
+    pieces = [Piece(n, k, tuple(t.shape), t.dtype, whole(t.shape), t, True) for (k, n), t in tensors.items()]
+    path = save(Ranks(World()), tmp_path / "in", 1, EngineState(pieces, {}), extra={})
+    before = sorted(tmp_path.rglob("*"))
+    with open_checkpoint(path) as reader, pytest.raises(CheckpointError, match="none can be called"):
+        export(reader, tmp_path / "out", "deepspeed")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dcp_folder_is_unpickled_once_and_not_for_every_tensor(checkpoint, tmp_path, monkeypatch):
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    out, seen = exported(checkpoint, tmp_path / "out" / "x", "dcp"), []
+    read = FileSystemReader.read_metadata
+    monkeypatch.setattr(FileSystemReader, "read_metadata", lambda *a, **k: seen.append(1) or read(*a, **k))
+    assert diff(checkpoint, bring_in(out, tmp_path / "in", "dcp", allow_pickle=True)).differences == ()
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize("form", ["dcp", "deepspeed"])
 def test_a_pickle_is_read_only_where_it_is_allowed(checkpoint, tmp_path, form):
     out = exported(checkpoint, tmp_path / "out" / "x", form)
