@@ -89,8 +89,9 @@ class Saving:
             layouts = self._agree_on_layouts(header.parts(), all_written)
             manifest = Manifest(self.step, layouts, described, tuple(other.shard for other in all_written))
             ranks.agree(lambda: self._commit(manifest), SaveError)
-        except SaveError:  # agreed on by all: nobody is writing any more
-            if ranks.is_main:
+        except BaseException as error:
+            # What all agree on, or what only one could write: nobody is writing any more.
+            if ranks.is_main and (isinstance(error, SaveError) or ranks.size == 1):
                 with suppress(OSError):
                     self.files.remove_tree(self.temporary)
             raise

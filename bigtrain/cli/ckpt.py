@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -228,7 +229,11 @@ def export_(
     from bigtrain.doors.exporting import export
 
     target = _checkpoint(path, best=best)
-    with open_whole(target, instead=base) as reader, _progress("exporting", _size(target)) as advance:
+    with (
+        _leaving_nothing(),
+        open_whole(target, instead=base) as reader,
+        _progress("exporting", _size(target)) as advance,
+    ):
         export(reader, out, to, advance, averaged=ema, base=base)
     typer.echo(f"{out}: step {reader.step} of {target}, as {to}" + (", averages of weights" if ema else ""))
 
@@ -246,13 +251,27 @@ def import_(
     """Make a checkpoint of what another library wrote, the optimizer's state included where there is one."""
     from bigtrain.doors.incoming import bring_in
 
-    with _progress("reading", None) as advance:
+    with _leaving_nothing(), _progress("reading", None) as advance:
         made = bring_in(path, folder, form, allow_pickle=allow_pickle, progress=advance)
     typer.echo(json.dumps({"path": str(made)}) if as_json else f"{made}")
 
 
 def _size(path: Path) -> int | None:
     return sum(each.stat().st_size for each in path.iterdir()) if path.is_dir() else None
+
+
+@contextmanager
+def _leaving_nothing() -> Iterator[None]:
+    """Let TERM end what goes on as Ctrl-C does, which takes away what is half written."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

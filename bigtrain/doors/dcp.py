@@ -77,9 +77,12 @@ def write(path: Path, reader: Any) -> None:
     state[KEY] = as_tensor({"step": reader.step, "hyper": reader.hyper, "buffers": buffers, "extra": reader.extra})
     # Nothing is fetched ahead: a tensor has been written when the next one is asked for.
     writer = FileSystemWriter(path, single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0)
+    failure: BaseException | None = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is one process
         try:
             save(state, storage_writer=writer, planner=_Streaming(reader, keys), no_dist=True)
         except CheckpointException as error:  # around what went wrong, by rank
-            raise error.failures[0][0] from None
+            failure = error.failures[0][0]
+    if failure is not None:
+        raise failure  # here, where its own context stays

@@ -16,7 +16,7 @@ import io
 import shutil
 import tempfile
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,7 @@ def _check_names(reader: Any) -> None:
 def _model_state(reader: Any, version: str) -> dict[str, Any]:
     shapes = {name: torch.Size(spec.shape) for (kind, name), spec in reader.index.items() if kind == WEIGHT}
     buffers = {name: reader.whole((kind, name)) for kind, name in reader.index if kind == BUFFER}
+    held = [list(key) for key in reader.index if key[0] not in (BUFFER, EMA)]
     return {
         "module": buffers,
         "buffer_names": list(buffers),
@@ -103,7 +104,7 @@ def _model_state(reader: Any, version: str) -> dict[str, Any]:
         "lr_scheduler": None,
         "optimizer": None,
         "universal_checkpoint_info": {"universal_checkpoint_version": 0.2},
-        KEY: as_text({"step": reader.step, "hyper": reader.hyper, "extra": reader.extra}),
+        KEY: as_text({"step": reader.step, "hyper": reader.hyper, "extra": reader.extra, "held": held}),
     }
 
 
@@ -156,8 +157,20 @@ class UniversalReader:
                 tensor = _tensor(file)
                 self._files[kind, folder_of.name] = file
                 index[kind, folder_of.name] = TensorSpec(tuple(tensor.shape), tensor.dtype)
+        self._check_whole(state.get("param_shapes") or ())
         self.index: Mapping[Key, TensorSpec] = index
         self.hyper: Mapping[str, Mapping[str, Any]] = self.kept.get("hyper", {})
+
+    def _check_whole(self, shapes: Sequence[Mapping[str, Any]]) -> None:
+        """See that every file is there; of the moments only an export of ours tells which there were."""
+        held = {(WEIGHT, name) for group in shapes for name in group}
+        held |= {(kind, name) for kind, name in self.kept.pop("held", ())}
+        missing = sorted(held - self._files.keys())
+        if missing:
+            kind, name = missing[0]
+            file = self._folder / "zero" / name / (_WEIGHT_FILE if kind == WEIGHT else f"{kind}.pt")
+            more = f", nor are {len(missing) - 1} more" if missing[1:] else ""
+            raise CorruptError(f"{file} is not there{more}", where=str(self.path))
 
     def read_into(self, kind: str, name: str, box: Box, out: Tensor) -> None:
         """Fill `out` with that part of the tensor."""

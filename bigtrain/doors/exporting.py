@@ -77,11 +77,27 @@ def _export(reader: Watched, out: Path, form: str) -> None:
     try:
         _WRITERS[form](reader, aside)
         os.replace(aside, out)
+    except RuntimeError as error:
+        raise _reason(error, out) from error
     finally:
         if aside.is_dir():
             shutil.rmtree(aside)
         with suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def _reason(error: RuntimeError, out: Path) -> BaseException:
+    """Why torch's own writer failed, which says the same of everything: a full disk, a Ctrl-C."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) or not isinstance(cause, Exception):
+            return cause
+        cause = cause.__context__
+    return SaveError(
+        f"cannot write {out}: torch's writer failed, with {shutil.disk_usage(out.parent).free:,} bytes free: {error}",
+        where=str(out),
+        remedy="give another place, with room for it; nothing was left behind",
+    )
 
 
 # ---- torch and DCP ----------

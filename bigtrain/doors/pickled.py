@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
@@ -104,5 +105,11 @@ class DcpReader:
         state = {entry: tensor_for(spec)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is one process
-            load_tensors(state, storage_reader=self._files, no_dist=True)
+            try:
+                load_tensors(state, storage_reader=self._files, no_dist=True)
+            except CheckpointException as error:  # around what went wrong, by rank
+                cause = error.failures[0][0]
+                if not isinstance(cause, Exception):  # a Ctrl-C
+                    raise cause from None
+                raise CorruptError(f"{self.path} cannot be read: {cause}", where=str(self.path)) from cause
         return state[entry]

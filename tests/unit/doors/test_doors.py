@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -184,6 +189,60 @@ def test_a_dcp_folder_is_unpickled_once_and_not_for_every_tensor(checkpoint, tmp
     monkeypatch.setattr(FileSystemReader, "read_metadata", lambda *a, **k: seen.append(1) or read(*a, **k))
     assert diff(checkpoint, bring_in(out, tmp_path / "in", "dcp", allow_pickle=True)).differences == ()
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("form", ["dcp", "deepspeed"])
+def test_what_is_missing_or_torn_is_not_brought_in(checkpoint, tmp_path, form):
+    out = exported(checkpoint, tmp_path / "out" / "x", form)
+    for file in [each for each in out.rglob("*") if each.is_file()]:
+        if file.name in ("optimizer_state.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):  # for DeepSpeed itself
+            continue
+        raw = file.read_bytes()
+        for torn in (None, b"", raw[: len(raw) // 2], raw[:-1]):
+            file.unlink()
+            if torn is not None:
+                file.write_bytes(torn)
+            with pytest.raises(CheckpointError) as caught:
+                bring_in(out, tmp_path / "in", form, allow_pickle=True)
+            assert str(out) in str(caught.value)
+            assert list(tmp_path.glob("in/*")) == []
+            file.write_bytes(raw)
+    assert diff(checkpoint, bring_in(out, tmp_path / "in", form, allow_pickle=True)).differences == ()
+
+
+@pytest.mark.parametrize("form", ["dcp", "deepspeed", "torch", "safetensors", "hf"])
+def test_a_full_disk_is_said_whoever_writes(checkpoint, tmp_path, form):
+    """Under a limit that the system itself enforces in the middle of a write."""
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        with open_checkpoint(checkpoint) as reader, pytest.raises(SaveError, match="cannot write"):
+            export(reader, tmp_path / "out" / "x.pt", form)
+        assert list((tmp_path / "out").iterdir()) == []
+
+    assert in_a_fork(limited) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("to", ["dcp", "torch", "import"])
+def test_what_a_signal_breaks_off_leaves_nothing(tmp_path, to, signal_):
+    tensors = {f"p{number}": torch.zeros(1000, 300) for number in range(200)}
+    pieces = [Piece(n, "weight", tuple(t.shape), t.dtype, whole(t.shape), t, True) for n, t in tensors.items()]
+    path = save(Ranks(World()), tmp_path / "run", 1, EngineState(pieces, {}), extra={})
+    out = tmp_path / "out"
+    out.mkdir()
+    given = ["export", str(path), str(out / "x.pt"), "--to", to]
+    if to == "import":
+        save_file(tensors, tmp_path / "w.safetensors")
+        given = ["import", str(tmp_path / "w.safetensors"), str(out), "--from", "safetensors"]
+    process = subprocess.Popen([sys.executable, "-m", "bigtrain", "ckpt", *given], stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not any(entry.stat().st_size for entry in out.rglob("*") if entry.is_file()):
+        time.sleep(0.002)
+    process.send_signal(signal_)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal_, said
+    assert list(out.iterdir()) == []
 
 
 @pytest.mark.parametrize("form", ["dcp", "deepspeed"])
