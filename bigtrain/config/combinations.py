@@ -90,6 +90,7 @@ def clashes(config: Config, *, launched: bool) -> Iterator[Clash]:
     yield from of_features(config)
     yield from _of_blocks(config)
     yield from of_saving(config)
+    yield from of_weights(config)
     yield from of_adapter(config)
 
 
@@ -153,6 +154,19 @@ def of_saving(config: Config) -> Iterator[Clash]:
             "checkpoint.weights",
             "set it to all, or say what the run begins with (finetune.init_from)",
         )
+
+
+def of_weights(config: Config) -> Iterator[Clash]:
+    """What is said of the file that a run begins with, where it begins with none: it would train from nothing."""
+    if config.finetune.init_from is not None or config.model.name.startswith(catalogue.HUGGING_FACE):
+        return
+    for key in ("new", "remap", "resize", "min_coverage"):
+        if getattr(config.finetune, key) not in ((), {}, None):
+            yield Clash(
+                f"finetune.{key} is about the weights that a run begins with, and this one begins with none",
+                f"finetune.{key}",
+                "say what it begins with (finetune.init_from), or take the key out",
+            )
 
 
 def of_adapter(config: Config) -> Iterator[Clash]:

@@ -263,10 +263,12 @@ def _encode(encoder: FolderTokenizer, said: list[dict[str, Any]], row: Row, lear
     """A conversation's ids, and which of them begin within an answer.
 
     An answer is what the template writes after the words that ask for it, up to the end of the turn, which says that
-    the answer is over.
+    the answer is over. A greeting that a conversation begins with answers nothing.
     """
     text = _rendered(encoder, said, row, prompts=False)
-    answers = [number for number, message in enumerate(said) if message["role"] == _ANSWERS]
+    answers = [number for number, message in enumerate(said) if message["role"] == _ANSWERS and number]
+    if not answers:
+        raise bad_row(row.place, "its only answer comes first: nothing asks for it", "put the question before it")
     spans = []
     for number in answers if learn == "all" else answers[-1:]:
         before = _rendered(encoder, said[:number], row, prompts=True)

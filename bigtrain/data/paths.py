@@ -12,11 +12,16 @@ from bigtrain.named import nearest
 def missing(path: Path, expected: str, *, where: str) -> DataError:
     """The error for a path that does not exist: it names the nearest parent that does, and what lies in it.
 
+    A folder where a file should be, or a file where a folder, is said to be that.
+
     Args:
         path: What was looked for.
         expected: What should be there, in a few words.
         where: The key of the run file.
     """
+    if path.exists():
+        kind = "folder" if path.is_dir() else "file"
+        return DataError(f"{str(path)!r} is a {kind}", where=where, remedy=f"give {expected}")
     full = path.absolute()
     parent = next(parent for parent in full.parents if parent.is_dir())
     wanted = full.relative_to(parent).parts[0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from bigtrain.named import nearest
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = (".jsonl", ".ndjson")
 _LONGEST_FIELD = 1 << 26  # characters; Python's own limit, 2^17, is less than many a document
+_HALF = re.compile("[\ud800-\udfff]")  # of a character of UTF-16: JSON can write one alone, and no tokenizer reads it
 
 
 class Row(NamedTuple):
@@ -170,6 +172,10 @@ def _rows_of_json(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         if not isinstance(values, dict):
             raise bad_row(place, f"the line holds {_kind(values)}, not an object", 'write {"column": value, …}')
         _check_columns(columns, values, place)
+        if "\\u" in line and _HALF.search(json.dumps([values[column] for column in columns], ensure_ascii=False)):
+            raise bad_row(
+                place, "a text has half a character, \\ud800 to \\udfff alone", "write whole ones, or take it out"
+            )
         yield Row(place, values)
 
 

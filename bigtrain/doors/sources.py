@@ -295,7 +295,9 @@ def open_hugging_face(path: Path, *, as_gpt: bool = True) -> HuggingFaceReader:
     if (path / _INDEX).exists():
         listed = _read_json(path / _INDEX).get("weight_map")
         if not isinstance(listed, dict) or not all(_is_plain(name) for name in listed.values()):
-            raise CorruptError(f"{_INDEX} lists no files of this folder", where=str(path / _INDEX))
+            raise CorruptError(
+                f"{_INDEX} lists no files of this folder", where=str(path / _INDEX), remedy="copy the folder anew"
+            )
         files = [path / name for name in sorted(set(listed.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -321,11 +323,11 @@ def _is_plain(name: object) -> bool:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _LARGEST_JSON:
-        raise CorruptError(f"{path.name} is impossibly large", where=str(path))
+        raise CorruptError(f"{path.name} is impossibly large", where=str(path), remedy="copy the folder anew")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{path} is no JSON: {error}", where=str(path)) from error
+        raise CorruptError(f"{path} is no JSON: {error}", where=str(path), remedy="copy the folder anew") from error
     if not isinstance(value, dict):
-        raise CorruptError(f"{path} holds no object", where=str(path))
+        raise CorruptError(f"{path} holds no object", where=str(path), remedy="copy the folder anew")
     return value

@@ -130,14 +130,8 @@ def _image(path: Path, data: Any, shape: torch.Size, trained: Trained) -> Tensor
 def _read(path: Path) -> Any:
     from PIL import Image, ImageOps
 
-    if path.is_dir():
-        raise DataError(
-            f"{str(path)!r} is a folder",
-            where="INPUT",
-            remedy=f"give the pictures in it: {path.as_posix().rstrip('/')}/*.png, say",
-        )
     if not path.is_file():
-        raise missing(path, "the file of a picture", where="INPUT")
+        raise missing(path, "the files of pictures, in/*.png say", where="INPUT")
     try:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture).copy()

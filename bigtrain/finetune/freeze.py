@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bigtrain.config import schema
-from bigtrain.errors import CombinationError
+from bigtrain.errors import CombinationError, PatternError
 from bigtrain.models.blocks import find_blocks
 from bigtrain.patterns import match_names
 
@@ -106,7 +106,7 @@ def plan_freezing(model: nn.Module, config: schema.Finetune) -> FreezePlan:
     Parameters that the model's factory has frozen itself stay so until an entry of `unfreeze` names them.
 
     Raises:
-        PatternError: Where a pattern matches no parameter.
+        PatternError: Where a pattern matches no parameter, or an entry of `unfreeze` would change nothing.
         CombinationError: Where depth is asked for and the model has no repeated blocks, or too few.
     """
     names = [name for name, _ in model.named_parameters()]
@@ -128,7 +128,24 @@ def plan_freezing(model: nn.Module, config: schema.Finetune) -> FreezePlan:
     is_active = bool(
         config.freeze or config.freeze_depth or config.freeze_batchnorm or config.unfreeze or config.adapter
     )
-    return FreezePlan(frozenset(frozen), tuple(thaws), scales, config.freeze_batchnorm, is_active)
+    plan = FreezePlan(frozenset(frozen), tuple(thaws), scales, config.freeze_batchnorm, is_active)
+    _refuse_what_changes_nothing(plan, config)
+    return plan
+
+
+def _refuse_what_changes_nothing(plan: FreezePlan, config: schema.Finetune) -> None:
+    """Refuse an entry of `unfreeze` that is without effect: whoever wrote it meant other parameters."""
+    frozen, scales = plan.frozen, dict[str, float]()
+    for position, (thaw, entry) in enumerate(zip(plan.thaws, config.unfreeze, strict=True)):
+        if not thaw.names & frozen and all(scales.get(name, 1.0) == thaw.lr_scale for name in thaw.names):
+            why = "stays frozen (finetune.freeze_batchnorm)" if not thaw.names else "trains before, at that rate"
+            raise PatternError(
+                f"what {', '.join(map(repr, entry.match))} matches {why}: nothing would change",
+                where=f"finetune.unfreeze.{position}.match",
+                remedy="name what is frozen until then, or give another lr_scale, or take the entry out",
+            )
+        frozen -= thaw.names
+        scales |= dict.fromkeys(thaw.names, thaw.lr_scale)
 
 
 def phase_at(config: schema.Finetune, steps: int, epoch: int) -> int:
@@ -179,7 +196,8 @@ def _depths(model: nn.Module, config: schema.Finetune) -> dict[str, int]:
     if not blocks or (config.freeze_depth or 0) > len(blocks):
         key = "layer_decay" if config.freeze_depth is None else "freeze_depth"
         raise CombinationError(
-            f"{type(model).__name__} has {len(blocks)} repeated blocks, and finetune.{key} counts in them",
+            f"{type(model).__name__} has {len(blocks)} repeated blocks, and finetune.{key} "
+            + (f"is {config.freeze_depth}" if blocks and config.freeze_depth else "counts in them"),
             where=f"finetune.{key}",
             remedy="name the parameters instead (finetune.freeze, optim.groups), or let the model answer blocks()",
         )

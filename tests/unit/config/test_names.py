@@ -144,6 +144,9 @@ def test_blocks_are_known() -> None:
         (["compile=blocks"], "bigmodel has no repeated blocks to compile"),
         (["activation_checkpointing=full"], "bigmodel has no repeated blocks whose activations"),
         (["finetune.freeze_depth=1"], "finetune.freeze_depth counts in them"),
+        (["finetune.new=[fc.*]"], "finetune.new is about the weights that a run begins with"),
+        (["finetune={remap: {a.*: b.*}}"], "finetune.remap is about the weights that a run begins with"),
+        (["finetune.min_coverage=0.5"], "finetune.min_coverage is about the weights that a run begins with"),
     ],
 )
 def test_it_is_refused(tmp_path: Path, changes: list[str], said: str) -> None:

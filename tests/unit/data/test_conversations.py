@@ -157,6 +157,15 @@ def test_what_is_wrong_is_named_with_its_line(folder: Path, tmp_path: Path, mess
     assert '{"messages": [{"role": "user"' in caught.value.remedy
 
 
+def test_a_greeting_answers_nothing(folder: Path, tmp_path: Path) -> None:
+    greeting = {"role": "assistant", "content": "hello"}
+    dataset = load(folder, rows(tmp_path / "it.jsonl", [greeting, USER, ANSWER]))
+    assert learnt(folder, dataset[0]) == learnt(folder, load(folder, rows(tmp_path / "b.jsonl", [USER, ANSWER]))[0])
+    with pytest.raises(DataError, match="its only answer comes first") as caught:
+        load(folder, rows(tmp_path / "it.jsonl", [USER, ANSWER], [greeting, USER]))
+    assert caught.value.where.endswith("it.jsonl:2")
+
+
 def with_template(folder: Path, template: str | None) -> Path:
     from transformers import AutoTokenizer
 

@@ -140,6 +140,7 @@ GOOD = b'{"text": "a", "label": 1}\n'
         (GOOD + b'{"text": "a", "label": 0.5}\n', 2, "'label' is 0.5, neither a word nor a number|is 0.5"),
         (GOOD + b'{"text": "a", "label": null}\n', 2, "'label' is empty"),
         (GOOD + b'{"text": "\xff", "label": 1}\n', 2, "not UTF-8"),
+        (GOOD + b'{"text": "a\\ud83d", "label": 1}\n', 2, "has half a character"),
     ],
 )
 def test_what_is_wrong_in_jsonl_is_named_with_its_line(
@@ -183,6 +184,8 @@ def test_arguments_that_cannot_be_meant(folder: Path, tmp_path: Path, args: dict
 
 
 def test_files_of_other_kinds_and_without_rows(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is a folder"):
+        load(folder, tmp_path)
     with pytest.raises(DataError, match=r"there is no 'nowhere\.csv'"):
         load(folder, Path("nowhere.csv"))
     (tmp_path / "it.json").write_text("[]")

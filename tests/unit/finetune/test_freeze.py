@@ -111,6 +111,28 @@ def test_a_pattern_that_matches_nothing_lists_near_names(values, where):
     assert ("stem.weight" if where.endswith("freeze") else "head.weight") in caught.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"freeze": "stem.*", "unfreeze": [{"at_step": 1, "match": "head.*"}]}, "trains before, at that rate"),
+        (
+            {"freeze": "stem.*", "unfreeze": [{"at_step": n, "match": "stem.*", "lr_scale": 0.1} for n in (1, 2)]},
+            "trains before, at that rate",
+        ),
+        ({"freeze_batchnorm": True, "unfreeze": [{"at_step": 1, "match": "*.norm.*"}]}, "stays frozen"),
+    ],
+)
+def test_an_entry_that_would_change_nothing_is_refused(values, why):
+    with pytest.raises(PatternError, match=why) as caught:
+        plan_freezing(Net(), settings(**values))
+    assert caught.value.where == f"finetune.unfreeze.{len(values['unfreeze']) - 1}.match"
+
+
+def test_an_entry_may_change_a_rate_alone():
+    values = {"freeze": "stem.*", "unfreeze": [{"at_step": 1, "match": "head.*", "lr_scale": 0.1}]}
+    assert plan_freezing(Net(), settings(**values)).lr_scales(1)["head.weight"] == 0.1
+
+
 GRADUAL = {
     "freeze": ["stem.*", "first.*", "between.*", "rest.*", "plain_norm.*"],
     "unfreeze": [
