@@ -183,7 +183,8 @@ def _common_arguments(cls: type[torch.optim.Optimizer], config: schema.Optim) ->
 def _overrides_by_name(groups: Sequence[schema.OptimGroup], names: Sequence[str]) -> dict[str, dict[str, Any]]:
     result: dict[str, dict[str, Any]] = {name: {} for name in names}
     for position, group in enumerate(groups):
-        for name in match_names(group.match, names, where=f"optim.groups.{position}.match"):
+        where = f"optim.groups.{position}.match"
+        for name in match_names(group.match, names, where=where, what="parameter that trains"):
             result[name] |= {
                 key: value
                 for key, value in (("lr", group.lr), ("weight_decay", group.weight_decay))

@@ -53,6 +53,7 @@ class Phases:
         self, config: Config, world: World, subject: Subject, folder: Path, adapt: Callable[[nn.Module], object]
     ) -> None:
         combinations.refuse(combinations.of_saving(config))
+        combinations.refuse(combinations.of_weights(config))
         combinations.refuse(combinations.of_adapter(config))
         combinations.refuse(combinations.of_features(config))
         self._config, self._world, self._subject, self._folder = config, world, subject, folder

@@ -74,7 +74,7 @@ def _match(
     Raises:
         PatternError: Where a pattern of the run file matches nothing.
         StateError: Where the model needs what the file has not, or the file has an adapter and the model has none; or
-            where what begins with initial values would stay frozen beside an adapter.
+            where what begins with initial values would stay frozen to the end.
     """
     config = training.config
     theirs = {(kind, plain_name(name)): (kind, name) for kind, name in reader.index}
@@ -93,13 +93,16 @@ def _match(
         source,
         prefix=getattr(training.model, "base_model_prefix", ""),  # transformers' rule for a model below a head
     )
-    frozen = {plain_name(name) for name in training.freezing.frozen_in(training.phase)}
+    plan = training.freezing
+    frozen = {plain_name(name) for name in plan.frozen_in(plan.num_phases - 1)}
     random = [name for name in report.new if name in frozen]
-    if random and config.finetune.adapter is not None:
+    if random:
+        has_one = config.finetune.adapter is not None
+        key, how = ("adapter.train", "beside the adapter") if has_one else ("freeze", "by freezing less, or in a phase")
         raise StateError(
             f"these begin with initial values and would never train: {shown(random)}",
-            where="finetune.adapter.train",
-            remedy="let them train beside the adapter: finetune.adapter.train",
+            where=f"finetune.{key}",
+            remedy=f"let them train {how}: finetune.{key}" + ("" if has_one else ", finetune.unfreeze"),
         )
     return {ours[plain]: theirs[key] for plain, key in sources.items()}, report
 

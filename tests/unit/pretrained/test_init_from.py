@@ -15,6 +15,7 @@ from bigtrain.doors.incoming import bring_in
 from bigtrain.errors import (
     BigtrainError,
     CheckpointError,
+    CombinationError,
     CorruptError,
     PatternError,
     SetupError,
@@ -304,3 +305,20 @@ def test_the_report_counts_what_was_read(tmp_path, weights):
     save_file(weights, path := tmp_path / "weights.safetensors")
     _, report = begun(tmp_path, init_from=str(path))
     assert report["bytes_covered"] == sum(tensor.nbytes for tensor in load_file(path).values())
+
+
+@pytest.mark.parametrize("said", [{"new": "head.*"}, {"remap": {"a.*": "b.*"}}, {"resize": "*"}, {"min_coverage": 0.5}])
+def test_what_is_said_of_a_file_needs_one(tmp_path, said):
+    with pytest.raises(CombinationError, match="this one begins with none"):
+        begun(tmp_path, **said)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_begins_anew_does_not_stay_frozen(tmp_path, weights):
+    save_file(weights, path := tmp_path / "weights.safetensors")
+    with pytest.raises(StateError, match=r"would never train: body.0.weight, body.0.bias") as caught:
+        begun(tmp_path, init_from=str(path), new="body.0.*", freeze="body.*")
+    assert caught.value.where == "finetune.freeze"
+    thaw = [{"at_step": 1, "match": "body.0.*"}]
+    _, report = begun(tmp_path, init_from=str(path), new="body.0.*", freeze="body.*", unfreeze=thaw)
+    assert report["new"] == ["body.0.weight", "body.0.bias"]

@@ -132,7 +132,8 @@ def test_what_the_base_has_otherwise_is_saved(base, tmp_path):
     weights = load_file(base)
     weights["embed_tokens.weight"] = weights["embed_tokens.weight"][:200].clone()
     save_file(weights, mine := tmp_path / "short.safetensors")
-    changes = {"resize": "embed_tokens.weight", "new": "layers.1.mlp.up_proj.weight"}
+    new = "layers.1.mlp.up_proj.weight"
+    changes = {"resize": "embed_tokens.weight", "new": new, "unfreeze": [{"at_step": 5, "match": new}]}
     run = bigtrain.train(values(tmp_path, mine, finetune=changes), hooks=[stop(3)])
     with open_whole(newest(run)) as reader:
         assert {"embed_tokens.weight", "layers.1.mlp.up_proj.weight"}.isdisjoint(reader.base.tensors)
