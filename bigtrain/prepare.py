@@ -237,31 +237,38 @@ def fill_pieces(model: nn.Module, pieces: Sequence[Piece], seed: int) -> None:
     """Give pieces of parameters and persistent buffers their initial values, and compute the other buffers anew.
 
     Every run of `_FILL_CHUNK` elements of the full, row-major tensor is drawn under a seed made of (seed, name,
-    number of the run), in float32, so that any cut gives the same values. Memory is bounded by the piece's rows.
+    number of the run), in float32, so that any cut gives the same values.
     """
     state = torch.get_rng_state()
     try:
         with torch.no_grad():
             for piece in pieces:
-                piece.data.copy_(_initial_values(model, piece, seed))
+                _fill(model, piece, seed)
     finally:
         torch.set_rng_state(state)
     if hasattr(model, "reset_buffers"):
         model.reset_buffers()  # type: ignore[operator]
 
 
-def _initial_values(model: nn.Module, piece: Piece, seed: int) -> Tensor:
-    """The initial values of one piece: its rows are drawn whole, then cut to the box."""
+def _fill(model: nn.Module, piece: Piece, seed: int) -> None:
+    """Give one piece its initial values, some rows at a time, so that little memory is needed beside it."""
     row = math.prod(piece.shape[1:])
     first, rows = (piece.box.offset[0], piece.box.size[0]) if piece.shape else (0, 1)
-    begin, end = first * row, (first + rows) * row
-    chunks = range(begin // _FILL_CHUNK, -(-end // _FILL_CHUNK))
-    total = math.prod(piece.shape)
-    flat = [_initial_chunk(model, piece, seed, chunk, total) for chunk in chunks]
-    values = torch.cat(flat) if flat else torch.empty(0)
-    start = begin - chunks.start * _FILL_CHUNK
-    values = values[start : start + end - begin].reshape(piece.data.shape[:1] + piece.shape[1:])
-    return values[(slice(None), *piece.box.slices[1:])] if piece.shape else values.reshape(())
+    total, at_once = math.prod(piece.shape), max(1, _FILL_CHUNK // max(1, row))
+    drawn: dict[int, Tensor] = {}
+    for start in range(0, rows, at_once):
+        stop = min(rows, start + at_once)
+        begin, end = (first + start) * row, (first + stop) * row
+        chunks = range(begin // _FILL_CHUNK, -(-end // _FILL_CHUNK))
+        # Rows drawn before may have ended in the middle of one.
+        drawn = {n: drawn[n] if n in drawn else _initial_chunk(model, piece, seed, n, total) for n in chunks}
+        flat = torch.cat([*drawn.values()]) if drawn else torch.empty(0)
+        skipped = begin - chunks.start * _FILL_CHUNK
+        values = flat[skipped : skipped + end - begin].reshape(stop - start, *piece.shape[1:])
+        if piece.shape:
+            piece.data[start:stop].copy_(values[(slice(None), *piece.box.slices[1:])])
+        else:
+            piece.data.copy_(values.reshape(()))
 
 
 def _initial_chunk(model: nn.Module, piece: Piece, seed: int, chunk: int, total: int) -> Tensor:

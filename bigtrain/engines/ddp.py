@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
+from torch.distributed.utils import _verify_param_shape_across_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from bigtrain.dist import World
@@ -29,11 +30,13 @@ class DDPEngine(TorchEngine):
 
     def __init__(self, model: nn.Module, plan: OptimizerPlan, world: World, choices: Choices) -> None:
         no_sync: dict[str, Any] = {_NO_BUFFER_SYNC: False}
-        wrapped = DistributedDataParallel(
+        _agree(model, world)
+        wrapped = _Replicated(
             model,
             device_ids=[world.device.index] if world.device.type == "cuda" else None,
             process_group=world.group,
             gradient_as_bucket_view=True,
+            init_sync=False,
             **no_sync,  # buffers that ranks would change differently are refused before
         )
         # Sums: the loss is divided by the targets of the global batch, not by the number of ranks.
@@ -59,21 +62,36 @@ class DDPEngine(TorchEngine):
         return sums
 
 
+class _Replicated(DistributedDataParallel):
+    """DDP that is told of the parameters in the order in which backward reaches them, the last first."""
+
+    def _build_params_for_reducer(self) -> tuple[list[nn.Parameter], list[bool]]:
+        parameters, expect_sparse = super()._build_params_for_reducer()  # type: ignore[no-untyped-call]
+        return parameters[::-1], expect_sparse[::-1]
+
+
+def _agree(model: nn.Module, world: World) -> None:
+    """Give every rank what rank 0 has: values that a model draws without a seed would differ. Every rank must call it.
+
+    DDP itself needs buffers of 250 MB or the largest parameter for it; here a tensor is received where it lies.
+    """
+    assert world.group is not None
+    _verify_param_shape_across_processes(world.group, list(model.parameters()))
+    tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers()) if tensor.numel()]
+    under_way = [dist.broadcast(tensor, group=world.group, group_src=0, async_op=True) for tensor in tensors]
+    for work in under_way:
+        work.wait()  # type: ignore[union-attr]  # this rank is in the group
+
+
 def _settle_buckets(wrapped: DistributedDataParallel) -> None:
     """Have DDP choose its buckets now, by the order of the parameters, and not after the first step by its backward.
 
     In which order the ranks' gradients are added depends on where they lie in a bucket. A run that goes on from a
-    checkpoint would add those of its first step in another order than the run that was never broken. So one backward
-    pass of zeros is sent through the buckets, after which DDP settles them for good.
+    checkpoint would add those of its first step in another order than the run that was never broken.
     """
-    trained = [p for p in wrapped.module.parameters() if p.requires_grad]
-    wrapped.reducer.prepare_for_forward()
-    wrapped.reducer.prepare_for_backward([])
-    zeros = [(p * 0).sum().float() for p in trained]  # autograd runs what was built last first
-    torch.autograd.backward(torch.stack([zero.to(zeros[0].device) for zero in zeros]).sum())
-    wrapped.reducer._rebuild_buckets()
-    for p in trained:
-        p.grad = None
+    wrapped.reducer._push_all_rebuilt_params()
+    if not wrapped.reducer._rebuild_buckets():
+        raise AssertionError("DDP has not settled its buckets")
 
 
 def _sum_bucket(group: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
