@@ -20,7 +20,7 @@ from bigtrain.checkpoint.files import DISK, Files
 from bigtrain.checkpoint.layout import Key
 from bigtrain.checkpoint.manifest import MANIFEST, STATE, shard_name
 from bigtrain.checkpoint.reading import CheckpointReader, in_parts
-from bigtrain.checkpoint.shard_file import ShardFile
+from bigtrain.checkpoint.shard_file import ShardFile, removed
 from bigtrain.checkpoint.shards import CHUNK
 from bigtrain.errors import CheckpointError, CorruptError
 from bigtrain.state import WEIGHT, Box, whole
@@ -81,7 +81,7 @@ def verify(
         files: The file system.
 
     Raises:
-        CheckpointError: Where there is no such folder; damage is returned, not raised.
+        CheckpointError: Where there is no such folder, or none any more; damage is returned, not raised.
     """
     path = Path(path)
     try:
@@ -94,6 +94,8 @@ def verify(
     with ThreadPoolExecutor(threads) as pool:
         checks = [pool.submit(_check_shard, reader, writer, progress, files) for writer in range(len(shards))]
         faults = [fault for check in checks for fault in check.result()]
+    if faults and not files.is_folder(path):
+        raise removed(path)
     own = {MANIFEST, STATE, *(shard_name(writer) for writer in range(len(shards)))}
     strangers = tuple(name for name in files.names(path) if name not in own)
     num_bytes = sum(shard.num_bytes for shard in shards) + reader.manifest.state[0] + len(reader.manifest.encode())

@@ -17,7 +17,7 @@ from bigtrain.checkpoint.files import Files, Input, NotRegularError
 from bigtrain.checkpoint.layout import Key
 from bigtrain.checkpoint.manifest import Shard
 from bigtrain.checkpoint.shards import CHUNK, Entry, Header, decode, hash_of
-from bigtrain.errors import CorruptError, ReadError
+from bigtrain.errors import CheckpointError, CorruptError, ReadError
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -212,6 +212,7 @@ def reliably(action: Callable[[], T], path: Path, files: Files, before_retry: Ca
     """Read something, and try again where that fails.
 
     Raises:
+        CheckpointError: Where its folder has gone.
         CorruptError: Where the file stays away, is no file, or ends too early.
         ReadError: Where another error stays.
     """
@@ -229,6 +230,8 @@ def reliably(action: Callable[[], T], path: Path, files: Files, before_retry: Ca
             files.pause(pause)
     if isinstance(failure, EOFError):
         raise corrupt(path, "it has become shorter") from failure
+    if isinstance(failure, FileNotFoundError) and not files.is_folder(path.parent):
+        raise removed(path.parent) from failure
     if isinstance(failure, FileNotFoundError | NotADirectoryError):
         raise corrupt(path, "it is not there") from failure
     raise ReadError(
@@ -236,6 +239,15 @@ def reliably(action: Callable[[], T], path: Path, files: Files, before_retry: Ca
         where=str(path),
         remedy="see to the storage and start again; whether the checkpoint is good is not known",
     ) from failure
+
+
+def removed(path: Path) -> CheckpointError:
+    """The error where a checkpoint has gone while it was read, which says nothing about what it was."""
+    return CheckpointError(
+        f"{path} has been removed while it was read",
+        where=str(path),
+        remedy="take a newer one; a run that goes on keeps more of them where checkpoint.keep says so",
+    )
 
 
 def corrupt(path: Path, problem: str) -> CorruptError:

@@ -7,8 +7,9 @@ import os
 
 import pytest
 
-from bigtrain.checkpoint import find, prune
+from bigtrain.checkpoint import diff, find, prune, verify
 from bigtrain.checkpoint.files import Files
+from bigtrain.errors import CheckpointError, CorruptError
 from tests.helpers.checkpoints import cut, save_all, saved, some_tensors
 
 STATES = cut("rows", some_tensors(), 1)
@@ -97,3 +98,19 @@ def test_what_is_half_removed_is_no_checkpoint(tmp_path):
     assert steps(tmp_path) == [3, 2]
     prune(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("look", [verify, lambda path, files: diff(path, path, files=files)])
+def test_what_is_pruned_while_it_is_read_is_not_called_damaged(tmp_path, look):
+    """A run that goes on takes its old checkpoints away whoever looks at them."""
+    for step in (1, 2, 3):
+        saved(tmp_path, step, STATES)
+
+    def prune_then(operation, path):
+        if operation == "open" and path.name.startswith("shard"):
+            prune(tmp_path, 2)
+
+    with pytest.raises(CheckpointError, match="has been removed while it was read") as caught:
+        look(find(tmp_path)[-1], files=Files(prune_then, pauses=(0.001,)))
+    assert not isinstance(caught.value, CorruptError)
+    assert steps(tmp_path) == [3, 2]
