@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import gc
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -142,6 +143,8 @@ def _work(
         torch.set_num_threads(_threads(world_size))
         if strict:
             warnings.simplefilter("error")
+        elif rank:
+            warnings.simplefilter("ignore")  # rank 0 says the same
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         try:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -157,6 +160,7 @@ def _work(
             sys.stdout.flush()
             sys.stderr.flush()
             sender.close()
+            multiprocessing.util._run_finalizers(0)  # type: ignore[attr-defined] # torch's compiler makes semaphores
             os._exit(0)  # no collective in teardown: a rank that failed must not wait for the others
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bigtrain.cli.config import Overrides
+from bigtrain.cli.report import complete_run
 
 if TYPE_CHECKING:
     from bigtrain.evaluating import Measured, Prediction, Trained
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
 _WIDEST_MATRIX = 20  # classes that a terminal shows
 
 Place = Annotated[
-    str, typer.Argument(metavar="RUN|CKPT", help="A run's name or folder (its newest checkpoint), or a checkpoint.")
+    str,
+    typer.Argument(
+        metavar="RUN|CKPT",
+        help="A run's name or folder (its newest checkpoint), or a checkpoint.",
+        autocompletion=complete_run,
+    ),
 ]
 Ema = Annotated[
     bool | None,

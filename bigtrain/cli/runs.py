@@ -10,11 +10,11 @@ import typer
 
 from bigtrain.cli.compare import compare
 from bigtrain.cli.config import Overrides
+from bigtrain.cli.report import RunName as Name
 
 app = typer.Typer(no_args_is_help=True, help="Look after runs, and compare them.")
 app.command()(compare)
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="A run's name, or its folder.", show_default=False)]
 Folder = Annotated[Path, typer.Option("--dir", help="The folder of all runs.", metavar="FOLDER")]
 
 

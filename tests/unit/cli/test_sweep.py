@@ -108,6 +108,8 @@ def test_a_sweep_its_table_and_the_comparison_of_its_runs(folder: Path) -> None:
     [
         ("bigtrain train it.yaml optim.sch", "optim.schedule.warmup_steps="),
         ("bigtrain report ", "first"),
+        ("bigtrain runs show fi", "first"),
+        ("bigtrain eval ", "first"),
         ("bigtrain init lan", "language-model"),
         ("bigtrain conv", "convert"),
     ],
