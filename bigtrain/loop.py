@@ -341,8 +341,9 @@ class Loop:
 
     def _raise_if(self, seen: Any) -> None:
         if seen is not None:
-            computing = partial(self._engine.microbatch, last=False)  # sends no gradients where it can wait with that
-            raise explain(seen, self._world, self._engine.model, self._task, computing, self._backward_alone)
+            engine, microbatch = self._engine, self._engine.microbatch
+            ways = partial(microbatch, last=False), partial(microbatch, last=True)
+            raise explain(seen, self._world, engine.model, self._task, *ways, self._backward_alone)
 
     def _backward_alone(self, batch: Batch) -> None:
         self._engine.backward(self._task.loss(self._engine.model, batch))

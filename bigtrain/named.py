@@ -51,6 +51,12 @@ def load(spec: str, *, error: type[UserError], where: str) -> Any:
     module_name, _, attribute = spec.partition(":")
     if not (module_name and attribute):
         raise error(f"{spec!r} is not of the form package.module:name", where=where)
+    if module_name == "given":  # how an object stands in a run file (`bigtrain.train`)
+        raise error(
+            f"the run was given {attribute} as an object, which no name leads to",
+            where=where,
+            remedy="name what makes it, package.module:name; or start it in Python as before",
+        )
     module = _import(module_name, error, where)
     try:
         return getattr(module, attribute)

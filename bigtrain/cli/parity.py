@@ -154,7 +154,7 @@ def _remarks(report: Report) -> list[str]:
             )
     if any(verdict.outcome == "inconclusive" for verdict in report.verdicts):
         lines.append(
-            "inconclusive: a plain loop differs from itself by rounding alone after fewer than 5 steps; ask in fp64, where "
-            "rounding is far smaller (--precisions fp64, but for DeepSpeed, which has none)"
+            "inconclusive: a plain loop differs from itself by rounding alone after fewer than 5 steps; ask in fp64, "
+            "where rounding is far smaller (--precisions fp64, but for DeepSpeed, which has none)"
         )
     return lines

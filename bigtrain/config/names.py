@@ -19,6 +19,9 @@ from bigtrain.errors import Problem
 _OUR_TRANSFORM_ARGS = ("transform", "target_transform", "transforms", "loader")  # code, which no run file holds
 
 
+_GIVEN = "given"  # the module of an object, in the run file of a run that was started in Python
+
+
 @dataclass(frozen=True)
 class _Thing:
     """A place of the run file where something is named.
@@ -226,6 +229,9 @@ def _check_arguments(
 
 
 def _missing(thing: _Thing, error: sources.MissingError) -> Problem:
+    if error.missing == _GIVEN:
+        said = f"the run was given it as an object ({thing.said.partition(':')[2]}), which no name leads to"
+        return thing.problem(said, (), "name what makes it, package.module:name; or start it in Python as before")
     if error.names is None:
         remedy = "correct it, install it, or run where it lies: the current directory is looked in"
         return thing.problem(f"there is no module {error.missing}", (), remedy)

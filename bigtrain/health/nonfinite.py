@@ -78,6 +78,7 @@ def explain(
     model: nn.Module,
     task: Task,
     computing: Callable[[], AbstractContextManager[object]],
+    summing: Callable[[], AbstractContextManager[object]],
     backward: Callable[[Batch], None],
 ) -> NonFiniteError:
     """Find out which rank and samples gave a loss or a gradient that is not finite. Every rank must call it.
@@ -91,7 +92,8 @@ def explain(
         world: The ranks.
         model: What the engine's forward is called by.
         task: Says what the loss is.
-        computing: Is around what is computed, as it was in the step.
+        computing: Is around what is computed, as it was in the step; gradients are not summed where that can wait.
+        summing: The same where they are summed: a model in shards has no gradients before.
         backward: Adds the gradient of a microbatch.
     """
     with computing():
@@ -102,6 +104,9 @@ def explain(
     if not lines:
         cause = "the gradient is not finite, though the loss is"
         gradients = world.all_gather_object(_bad_gradients(model, seen.microbatches, computing, backward))
+        if not any(gradients) and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            names = world.all_gather_object(_bad_gradients(model, seen.microbatches[-1:], summing, backward))
+            gradients = [bad and f"{bad.partition(', samples')[0]}, of all ranks' samples" for bad in names]
         lines = [f"rank {rank}: {bad}" for rank, bad in enumerate(gradients) if bad]
     return NonFiniteError(
         f"{cause} in step {seen.step + 1}, which changed no weights",

@@ -1,6 +1,7 @@
 """What ranks must do together: stop at the same step, whatever one of them alone has seen."""
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from bigtrain.errors import NonFiniteError
 from bigtrain.loop import Loop
 from bigtrain.progress import Cadence, Hook, StepInfo
 from bigtrain.optim import plan_optimizer
-from bigtrain.protocols import Batch
+from bigtrain.protocols import Batch, LossSum
 from bigtrain.tasks.regression import Regression
 from tests.helpers.distributed import run_distributed
 
@@ -54,7 +55,16 @@ def my_weights(engine: Engine) -> list[Tensor]:
     return [piece.data.clone() for piece in engine.state().pieces if piece.kind == "weight"]
 
 
-def run(name: str, stopping_rank: int | None = None, spoiled: int | None = None) -> tuple[Any, ...]:
+class Root(Regression):
+    """A finite loss whose gradient is not."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        return LossSum((model(batch.data[0]) * 0).sum().sqrt(), 1.0)
+
+
+def run(
+    name: str, stopping_rank: int | None = None, spoiled: int | None = None, task: Regression | None = None
+) -> tuple[Any, ...]:
     """How a run of 8 steps ends on this rank: steps, whether stopped, the error, and if weights are the last hook's."""
     seen: list[Tensor] = []
 
@@ -67,7 +77,7 @@ def run(name: str, stopping_rank: int | None = None, spoiled: int | None = None)
         engine = make_engine(name, world)
         loop = Loop(
             engine=engine,
-            task=Regression(),
+            task=task or Regression(),
             world=world,
             steps=my_steps(world.rank, spoiled),
             eval_batches=None,
@@ -84,7 +94,7 @@ def run(name: str, stopping_rank: int | None = None, spoiled: int | None = None)
             loop.run()
         except NonFiniteError as raised:
             error = raised
-        is_unmoved = all(torch.equal(a, b) for a, b in zip(my_weights(engine), seen, strict=True))
+        is_unmoved = not seen or all(torch.equal(a, b) for a, b in zip(my_weights(engine), seen, strict=True))
         engine.close()
         return loop.outcome.steps, loop.outcome.stopped, error, is_unmoved
 
@@ -94,12 +104,15 @@ def every_case() -> list[tuple[Any, ...]]:
     cases = []
     for engine in ("ddp", "fsdp"):
         cases += [run(engine), run(engine, stopping_rank=1), run(engine, spoiled=4)]
+        cases.append(run(engine, task=Root()))
     return cases
 
 
 def test_ranks_stop_together():
     for cases in run_distributed(every_case, 2):
-        for finished, stopped, (steps, _, error, is_unmoved) in (cases[:3], cases[3:]):
+        for finished, stopped, (steps, _, error, is_unmoved), rooted in (cases[:4], cases[4:]):
+            assert "the gradient is not finite, though the loss is in step 1" in rooted[2].problem
+            assert re.match(r"rank 0: (0\.weight|1\.weight)", rooted[2].where), rooted[2].where
             assert finished == (8, False, None, True)
             assert stopped == (4, True, None, True)  # asked for after step 3, agreed on during step 4
             assert (steps, is_unmoved) == (4, True)
