@@ -148,7 +148,8 @@ def check_model(trained: Trained, batch: Batch) -> None:
     """Let the task look at the model and at two samples, as before a training: losses go by what it finds."""
     check = getattr(trained.task, "check", None)
     if check is not None:
-        check(trained.model, batch)
+        with trained.evaluating():  # bf16 casts whatever goes into the model
+            check(trained.model, batch)
 
 
 def refuse_given(config: Config, part: str) -> None:

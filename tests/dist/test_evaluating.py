@@ -39,7 +39,9 @@ def train(settings: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def test_runs_of_two_ranks_under_fsdp_are_measured_exactly(tmp_path: Path) -> None:
-    runs = [digits(tmp_path), language(tmp_path, "gpt"), language(tmp_path, "bf16", precision="bf16")]
+    images = digits(tmp_path)
+    images_in_bf16 = {**images, "run": {**images["run"], "name": "images-bf16"}, "precision": "bf16"}
+    runs = [images, images_in_bf16, language(tmp_path, "gpt"), language(tmp_path, "bf16", precision="bf16")]
     for settings, theirs in zip(runs, run_distributed(train, 2, runs)[0], strict=True):
         with opened(find_checkpoint(settings["run"]["name"], tmp_path / "runs")) as trained:
             found = evaluate(trained)
