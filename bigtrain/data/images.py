@@ -153,6 +153,20 @@ class LibraryImages:
         return str(digest)
 
 
+class PicturesElsewhere:
+    """What can be said of the pictures of an image folder that is not on this machine.
+
+    Args:
+        class_names: Of the classes, as a checkpoint keeps them.
+    """
+
+    has_pillow_images = True
+    mode = "RGB"
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        self.class_names = list(class_names)
+
+
 def image_folder(split: str, *, root: str) -> LibraryImages:
     """Images in folders, root/<class>/<name>.png, in RGB; classes are numbered in the order of their names.
 

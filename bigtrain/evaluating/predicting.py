@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bigtrain.data import create
+from bigtrain.data.images import PicturesElsewhere
 from bigtrain.data.paths import missing
 from bigtrain.data.transforms import Transformed
 from bigtrain.errors import CombinationError, DataError, UserError
@@ -57,20 +58,52 @@ def predict(trained: Trained, inputs: Sequence[str], generating: Generating = _T
 def _classes(trained: Trained, inputs: Sequence[str]) -> Iterator[Prediction]:
     config = trained.config
     refuse_given(config, "data")
-    data: Any = create(config.data.name, "train", config.data.args)
+    data, shape = _data_of(trained)
     names = getattr(data, "class_names", None)
-    shape = _sample(Transformed(data, config.data.transforms.eval, where="data.transforms.eval"), "the data").shape
     size = config.data.batch_size
     for start in range(0, len(inputs), size):
         paths = [Path(path) for path in inputs[start : start + size]]
-        images = torch.stack([_image(path, data, shape, trained) for path in paths])
-        images = images.to(trained.world.device, trained.dtype())
+        pictures = []
+        for path in paths:
+            pictures.append(_image(path, data, shape, trained))
+            shape = shape or pictures[0].shape
+        images = torch.stack(pictures).to(trained.world.device, trained.dtype())
         with trained.evaluating():
-            shares = at_least_fp32(outputs(trained.model(images))).softmax(1)
+            shares = at_least_fp32(outputs(_ask(trained, images, data))).softmax(1)
         best, labels = (part.tolist() for part in shares.max(1))
         for path, probability, label in zip(paths, best, labels, strict=True):
             name = names[label] if names and label < len(names) else str(label)
             yield Prediction(str(path), {"class": str(name), "probability": round(probability, 6), "label": label})
+
+
+def _data_of(trained: Trained) -> tuple[Any, torch.Size | None]:
+    """What the model was trained on, and the shape of its samples; pictures in folders may be elsewhere by now."""
+    config, names = trained.config, trained.kept.get("class_names")
+    data: Any
+    if (
+        config.data.name == "image_folder"
+        and names
+        and not Path(str(config.data.args.get("root"))).expanduser().exists()
+    ):
+        return PicturesElsewhere(names), None
+    data = create(config.data.name, "train", config.data.args)
+    transforms = config.data.transforms.eval
+    return data, _sample(Transformed(data, transforms, where="data.transforms.eval"), "the data").shape
+
+
+def _ask(trained: Trained, images: Tensor, data: Any) -> Any:
+    """The model's answer; pictures of a size that nobody could compare may not suit it."""
+    try:
+        return trained.model(images)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if not isinstance(data, PicturesElsewhere):
+            raise
+        raise DataError(
+            f"the model does not take pictures of {tuple(images.shape[1:])}: {error}",
+            where="INPUT",
+            remedy="give pictures of the size of those that it was trained on, which are not on this machine:\n"
+            f"data.args.root is {trained.config.data.args['root']}",
+        ) from error
 
 
 def _sample(data: Dataset, what: str) -> Tensor:
@@ -99,13 +132,13 @@ class _One:
         return self._picture
 
 
-def _image(path: Path, data: Any, shape: torch.Size, trained: Trained) -> Tensor:
+def _image(path: Path, data: Any, shape: torch.Size | None, trained: Trained) -> Tensor:
     """A file as the model takes it: as the data would have read it, in their channels and size."""
-    picture = _read(path)
+    picture, is_elsewhere = _read(path), isinstance(data, PicturesElsewhere)
     if hasattr(data, "from_picture"):
         made = data.from_picture(picture)
     elif getattr(data, "has_pillow_images", False):
-        made = picture.convert(data[0][0].mode)
+        made = picture.convert(data.mode if is_elsewhere else data[0][0].mode)
     else:
         raise CombinationError(
             f"the data {trained.config.data.name} do not say how a picture becomes one of their samples",
@@ -115,12 +148,15 @@ def _image(path: Path, data: Any, shape: torch.Size, trained: Trained) -> Tensor
         )
     transforms = trained.config.data.transforms.eval
     image = _sample(Transformed(_One(made), transforms, where="data.transforms.eval"), str(path))
-    if image.shape != shape and not isinstance(made, Tensor):
+    if shape is None:
+        return image
+    if image.shape != shape and not isinstance(made, Tensor) and not is_elsewhere:
         made = made.resize(data[0][0].size)
         image = _sample(Transformed(_One(made), transforms, where="data.transforms.eval"), str(path))
     if image.shape != shape:
         raise DataError(
-            f"{str(path)!r} becomes {tuple(image.shape)}, and the data are {tuple(shape)}",
+            f"{str(path)!r} becomes {tuple(image.shape)}, and "
+            + f"{'the first one' if is_elsewhere else 'the data are'} {tuple(shape)}",
             where=str(path),
             remedy="let data.transforms.eval end in one size: Resize with {size: [height, width]}",
         )

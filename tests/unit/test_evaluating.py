@@ -111,6 +111,17 @@ def test_a_folder_of_pictures_goes_through_the_transforms(tmp_path: Path, pictur
     with opened(find_checkpoint(run.path)) as trained:
         answers = list(predict(trained, [str(tmp_path / "in" / "c1" / "1.png"), str(tmp_path / "large.png")]))
     assert {answer.answer["class"] for answer in answers} <= {"c0", "c1"}
+    # The same on a machine that has the checkpoint alone; what could not be compared with the data is compared here.
+    (tmp_path / "in").rename(tmp_path / "elsewhere")
+    picture = str(tmp_path / "elsewhere" / "c1" / "1.png")
+    with opened(find_checkpoint(run.path)) as trained:
+        assert [answer.answer for answer in predict(trained, [picture])] == [answers[0].answer]
+        with pytest.raises(DataError, match=r"becomes \(1, 17, 31\), and the first one \(1, 8, 8\)"):
+            list(predict(trained, [picture, str(tmp_path / "large.png")]))
+        trained.model.forward = lambda images: images.view(7)
+        with pytest.raises(DataError, match=r"the model does not take pictures of \(1, 8, 8\)") as caught:
+            list(predict(trained, [picture]))
+    assert str(tmp_path / "in") in caught.value.remedy
 
 
 def test_a_text_goes_on_as_the_model_says(gpt: Path) -> None:
