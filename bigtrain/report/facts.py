@@ -218,7 +218,9 @@ def _happened(event: Mapping[str, Any]) -> str:
     kind = event["event"]
     if kind == "start":
         attempt = event.get("attempt", 0)
-        where = f"{event.get('engine', '')}, {event.get('world_size', 1)} processes" if "engine" in event else ""
+        world = int(event.get("world_size", 1))
+        processes = "1 process" if world == 1 else f"{world} processes"
+        where = f"{event['engine']}, {processes}" if "engine" in event else ""
         verb = f"start {int(attempt) + 1}, going on from step {event['step']:,}" if event["step"] else "start"
         return f"{verb}: {where}" if where else verb
     if kind == "checkpoint":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from bigtrain.named import load
 from bigtrain.tracking.base import TrackedRun, Tracker
 from bigtrain.tracking.jsonl import MetricsFile
 from bigtrain.tracking.outside import Outside, Spec
+from bigtrain.tracking.repro import command
 
 _WANDB = "bigtrain.tracking.weights_and_biases:WeightsAndBiases"
 _TENSORBOARD = "bigtrain.tracking.tensorboard:TensorBoard"
@@ -54,7 +54,7 @@ def make_trackers(
             world_size=world_size,
             step=step,
             pid=os.getpid(),
-            command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            command=command(),
         )
         trackers.append(Outside(specs, run, log, say))
     return trackers

@@ -91,6 +91,13 @@ def _git(*arguments: str) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
+def command() -> str:
+    """What started this process, as a shell takes it; a rank's launcher, too, runs `python -m bigtrain`."""
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    return shlex.join([name, *sys.argv[1:]])
+
+
 def _packages() -> str:
     found = {dist.name: dist.version for dist in metadata.distributions() if dist.name}
     return "".join(f"{name}=={found[name]}\n" for name in sorted(found, key=str.lower))
@@ -100,7 +107,7 @@ def _machine(devices: Sequence[str]) -> dict[str, Any]:
     commit = _git("rev-parse", "--short=12", "HEAD").strip()
     is_changed = bool(_git("status", "--porcelain", "--untracked-files=no").strip())
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         "directory": str(Path.cwd()),
         "commit": f"{commit} with changes" if commit and is_changed else commit or None,
         "host": platform.node(),

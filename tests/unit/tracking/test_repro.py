@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bigtrain.tracking.repro import write_repro
+from bigtrain.tracking.repro import command, write_repro
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -76,3 +76,12 @@ def test_no_password_of_the_environment_is_kept(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("HF_TOKEN", "canary-9876543210")
     write_repro(tmp_path, 0)
     assert "canary" not in "".join(path.read_text() for path in (tmp_path / "repro").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [("/somewhere/bigtrain/__main__.py", "bigtrain"), ("/usr/bin/bigtrain", "bigtrain"), ("mine.py", "mine.py")],
+)
+def test_the_command_is_what_a_user_gives(monkeypatch: pytest.MonkeyPatch, program: str, said: str) -> None:
+    monkeypatch.setattr("sys.argv", [program, "train", "a b.yaml"])
+    assert command() == f"{said} train 'a b.yaml'"
