@@ -128,6 +128,12 @@ class Files:
             return None
         return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
 
+    def has_spare_core(self) -> bool:
+        """Whether a second thread of every process on this machine finds a core of its own."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        processes = os.environ.get("LOCAL_WORLD_SIZE", "")
+        return cores >= 2 * (int(processes) if processes.isdecimal() else 1)
+
     def pause(self, seconds: float) -> None:
         """Wait before a new try."""
         time.sleep(seconds)

@@ -130,7 +130,7 @@ class CheckpointReader:
         """A writer's file, its header verified."""
         found = self._open.get(writer)
         if found is None:
-            if self._helper is None:
+            if self._helper is None and self._files.has_spare_core():  # without one, two threads are slower
                 self._helper = ThreadPoolExecutor(1, "checkpoint reading")  # which starts when it is needed
             path, expected = self.path / shard_name(writer), self.manifest.shards[writer]
             found = ShardFile(path, expected, self._files, self._helper)

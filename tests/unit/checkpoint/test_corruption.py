@@ -304,6 +304,29 @@ def test_every_flipped_bit_is_found_where_two_threads_read(large, tmp_path, at):
     assert [fault.file for fault in verify(shard.parent, files=QUICK).faults] == [str(shard)]
 
 
+@pytest.mark.parametrize(("cores", "processes", "threads"), [(1, None, 1), (2, None, 2), (2, "2", 1), (8, "4", 2)])
+def test_two_threads_read_where_there_are_cores(large, monkeypatch, cores, processes, threads):
+    tensors, path = large
+    seen, honest, both = set(), Input.read, threading.Barrier(threads)
+
+    def read(self, offset, into):
+        if into.nbytes == CHUNK and threading.get_ident() not in seen:
+            seen.add(threading.get_ident())
+            both.wait(20)  # each has work to do when the other begins
+        honest(self, offset, into)
+
+    monkeypatch.setattr(Input, "read", read)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    with open_checkpoint(path, QUICK) as reader:
+        out = torch.empty(7, 300_007)
+        reader.read_into(WEIGHT, "w", whole((7, 300_007)), out)
+    assert torch.equal(out, tensors[WEIGHT, "w"])
+    assert len(seen) == threads
+
+
 def test_what_two_threads_read_wrongly_once_is_read_again(large, caplog, monkeypatch):
     tensors, path = large
     lied, honest = [], Input.read
