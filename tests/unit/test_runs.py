@@ -105,6 +105,21 @@ def test_a_live_run_is_in_use_until_its_process_is_gone(tmp_path):
     assert claim(tmp_path, "a").name == "1"
 
 
+@pytest.mark.parametrize("seconds", [-3600, 3600])
+def test_a_clock_that_is_wrong_ends_no_lease_and_keeps_none(tmp_path, monkeypatch, seconds):
+    """What counts is the clock that stamps files, which all machines see."""
+    monkeypatch.setattr(lease.socket, "gethostname", lambda: "elsewhere")
+    lease.take(tmp_path, 0)
+    monkeypatch.undo()
+    now = time.time()
+    monkeypatch.setattr(lease.time, "time", lambda: now + seconds)
+    assert "process" in str(lease.live_holder(tmp_path))
+    stale = now - lease.LAPSES_AFTER_S - 1
+    os.utime(tmp_path / "lease", (stale, stale))
+    assert lease.live_holder(tmp_path) is None
+    assert [entry.name for entry in tmp_path.iterdir()] == ["lease"]
+
+
 def test_a_lease_of_another_machine_lapses(tmp_path, monkeypatch):
     claim(tmp_path, "a")
     monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
