@@ -22,7 +22,7 @@ from bigtrain.checkpoint.manifest import MANIFEST, STATE, shard_name
 from bigtrain.checkpoint.reading import CheckpointReader, in_parts
 from bigtrain.checkpoint.shard_file import ShardFile, removed
 from bigtrain.checkpoint.shards import CHUNK
-from bigtrain.errors import CheckpointError, CorruptError
+from bigtrain.errors import CheckpointError, CorruptError, ReadError
 from bigtrain.state import WEIGHT, Box, whole
 
 Progress = Callable[[int], None]
@@ -87,7 +87,7 @@ def verify(
     try:
         reader = CheckpointReader(path, files)
     except CheckpointError as error:
-        if not files.is_folder(path):
+        if not isinstance(error, CorruptError | ReadError):
             raise
         return Verification(path, 0, 0, (_fault(error),), ())
     shards = reader.manifest.shards

@@ -21,7 +21,7 @@ from bigtrain.checkpoint.files import DISK, Files
 from bigtrain.checkpoint.folders import step_of
 from bigtrain.checkpoint.layout import Key, intersection, span
 from bigtrain.checkpoint.manifest import LARGEST_MANIFEST, MANIFEST, STATE, Manifest, decode, shard_name
-from bigtrain.checkpoint.shard_file import ShardFile, corrupt, read_all, read_verified
+from bigtrain.checkpoint.shard_file import ShardFile, corrupt, read_all, read_verified, reliably
 from bigtrain.checkpoint.shards import CHUNK, TORCH_DTYPES, Entry, hash_of
 from bigtrain.errors import CheckpointError
 from bigtrain.state import EMA, Box, TensorSpec
@@ -57,7 +57,7 @@ class CheckpointReader:
         self._files = files
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
         self._helper: Executor | None = None
-        if not files.is_folder(self.path):
+        if not reliably(lambda: files.is_folder(self.path), self.path, files):
             raise CheckpointError(
                 f"there is no checkpoint at {path}", where=str(path), remedy="give a folder step-…, and no link to one"
             )

@@ -366,6 +366,16 @@ def test_an_error_in_either_thread_is_an_error(large, chunk):
         assert_holds(path, tensors, Files(fail, pauses=(0.001,)))
 
 
+def test_a_folder_that_may_not_be_looked_into_is_no_crash(newest):
+    def refuse(operation, path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    files = Files(refuse, pauses=(0.001,))
+    with pytest.raises(ReadError, match=f"cannot read {newest}: Permission denied"):
+        open_checkpoint(newest, files)
+    assert not verify(newest, files=files).faults[0].is_damage
+
+
 def test_a_checkpoint_under_another_steps_name_is_none(folder):
     """Loaded, it would stay the newest for ever, and what is trained after it would be lost at the next start."""
     shutil.copytree(folder / "step-00000001", folder / "step-00000009")
