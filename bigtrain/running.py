@@ -80,7 +80,7 @@ def train(
     model: nn.Module | Callable[[], nn.Module] | None = None,
     data: Dataset | tuple[Dataset, Dataset | None] | None = None,
     task: Task | None = None,
-    hooks: Sequence[Hook | Callable[[StepInfo], None]] = (),
+    hooks: Hook | Callable[[StepInfo], None] | Sequence[Hook | Callable[[StepInfo], None]] = (),
 ) -> Run:
     """Train as a run file says, in this process, or as one rank where RANK and WORLD_SIZE are set.
 
@@ -90,19 +90,33 @@ def train(
         model: A module, or a function that makes one, instead of `model.name`.
         data: A dataset, or a pair to train and to evaluate on, instead of `data.name`.
         task: A task instead of `task.name`.
-        hooks: Functions to call after steps: `fn` for every step, `Hook(fn, every=10)` for every tenth.
+        hooks: Functions to call after steps: `fn` for every step, `Hook(fn, every=10)` for every tenth; or one alone.
 
     Raises:
         BigtrainError: One of its kinds, with what to do. Where it is a `UserError`, nothing has been created.
     """
     subject = Subject(model, data, task)
     resolved = resolve(config, overrides, subject)
-    called = [hook if isinstance(hook, Hook) else Hook(hook) for hook in hooks]
-    for call in [hook.call for hook in called if not callable(hook.call)]:
-        said = f"a hook is a {type(call).__name__}, which cannot be called"
-        raise UserError(said, where="hooks=", remedy="give functions of one StepInfo, or Hook(function, every=10)")
+    called = _as_hooks(hooks)
     with word_of_failure() as failing:
         return _train(resolved, subject, called, failing)
+
+
+def _as_hooks(hooks: Any) -> list[Hook]:
+    """Hooks of what was given: functions and hooks, or one alone.
+
+    Raises:
+        UserError: Where one cannot be called, or not after so many steps.
+    """
+    given = [hooks] if callable(hooks) or isinstance(hooks, Hook) else list(hooks)
+    called = [hook if isinstance(hook, Hook) else Hook(hook) for hook in given]
+    for hook in called:
+        said = f"a hook is a {type(hook.call).__name__}, which cannot be called" if not callable(hook.call) else None
+        if not isinstance(hook.every, int) or hook.every < 1:
+            said = f"a hook is to be called every {hook.every} steps"
+        if said:
+            raise UserError(said, where="hooks=", remedy="give functions of one StepInfo, or Hook(function, every=10)")
+    return called
 
 
 def resolve(

@@ -299,6 +299,12 @@ class Unmeasured(Regression):
         return self._metrics()
 
 
+def test_a_hook_alone_is_a_hook(config):
+    seen: list[int] = []
+    train(config, hooks=Hook(lambda info: seen.append(info.step), every=2))
+    assert seen == [2, 4, 6]
+
+
 def test_metrics_need_two_methods(config):
     assert train(config, task=Unmeasured()).evaluation["seen"] == 0.0
 
@@ -397,6 +403,7 @@ def test_a_run_that_was_stopped_is_not_finished(config):
         ({"model": lambda: nn.LazyLinear(1)}, [], ModelError, "lazy modules"),
         ({"task": Unmeasured(dict)}, [], UserError, "gives a dict, which has no compute"),
         ({"hooks": [3]}, [], UserError, "a hook is a int"),
+        ({"hooks": [Hook(print, every=0)]}, [], UserError, "every 0 steps"),
         ({"task": Regression}, [], UserError, "is a class"),
         ({"task": object()}, [], UserError, "no loss and no metrics"),
         ({}, ["finetune.freeze=[tail.*]"], PatternError, "'tail.*' matches no parameter"),
