@@ -213,6 +213,8 @@ class Supervisor:
         if end.outcome in (FINISHED, STOPPED):
             if cause is not None:
                 print(f"\n{cause.text}", file=sys.stderr, flush=True)
+            elif end.outcome == STOPPED and not end.at_step and end.step < 0:
+                say("stopped before the first step; there was nothing to save")  # else rank 0 says what it saved
             return False
         may_pass = cause is None or cause.may_pass
         reason = None

@@ -18,6 +18,7 @@ import yaml
 from bigtrain.config.loader import from_dict
 from bigtrain.errors import CombinationError
 from launchers.plan import count_cores, make_plan
+from tests.helpers.launching import begin
 
 ROOT = Path(__file__).parents[2]
 
@@ -207,6 +208,20 @@ def test_ctrl_c_stops_all_ranks_at_a_step_boundary(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "stopped after step" in out
     assert not (tmp_path / "runs/it/result.json").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_before_the_first_step_is_said(tmp_path: Path) -> None:
+    path = run_file(tmp_path, train={"steps": 100_000})
+    process = begin(tmp_path, "launch", str(path), "--nproc=2")
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert first.startswith("starting 2 processes")
+    assert out == "stopped before the first step; there was nothing to save\n"
+    assert err == ""
 
 
 @pytest.mark.slow
