@@ -13,8 +13,8 @@ chunk, in the order of the data. 1 MiB is large enough for the hash to run at it
 reading to the borders of chunks costs a resharding load little; a shard of 100 GiB has 3 MiB of hashes.
 
 The header fills whole pages, and boxes come in the order of the largest power of two that divides their length: so
-each element is aligned, and what fills pages lies in pages, from which the system copies faster by a quarter. The
-header is written after the data, in the place kept for it: the hashes are not known before.
+each element is aligned, and what fills pages lies in pages: out of other places the system copies up to a seventh more
+slowly. The header is written after the data, in the place kept for it: the hashes are not known before.
 """
 
 from __future__ import annotations
