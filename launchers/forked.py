@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import multiprocessing
 import os
 import sys
+import threading
 import traceback
 from multiprocessing.context import ForkServerProcess
 from typing import Any, ClassVar
@@ -61,5 +63,8 @@ def be_rank(job: dict[str, Any]) -> None:
         traceback.print_exc()
         sys.exit(1)
     finally:
+        # As any program ends, which one that multiprocessing has forked does not: after its threads, its handlers run.
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -206,16 +206,29 @@ class _Agent:
             self._answer, self._said = json.loads(line), rest
 
     def _pass_on(self, stream: IO[bytes]) -> None:
+        """Pass on what ranks write as it comes: a bar of progress has no newline."""
+        kept = b""
         with stream:
-            for line in stream:
-                text, mark, _ = line.partition(END_OF_ATTEMPT)
-                if text:
-                    sys.stderr.buffer.write(text)
-                    sys.stderr.buffer.flush()
-                    with self._lock:
-                        if self._log is not None:
-                            self._log.write(text)
-                            self._log.flush()
+            while data := os.read(stream.fileno(), 1 << 16):
+                text, mark, rest = (kept + data).partition(END_OF_ATTEMPT)
+                kept = rest if mark else _begun(text, END_OF_ATTEMPT)
+                self._write(text if mark else text.removesuffix(kept))
                 if mark:
                     self._is_through.set()
+        self._write(kept)
         self._is_through.set()
+
+    def _write(self, text: bytes) -> None:
+        # A terminal that is gone or a full disk must not keep ranks waiting for somebody who reads.
+        with suppress(OSError, ValueError):
+            sys.stderr.buffer.write(text)
+            sys.stderr.buffer.flush()
+        with self._lock, suppress(OSError):
+            if self._log is not None:
+                self._log.write(text)
+                self._log.flush()
+
+
+def _begun(text: bytes, mark: bytes) -> bytes:
+    """What a text ends with that may be the beginning of a mark."""
+    return next((mark[:size] for size in range(len(mark) - 1, 0, -1) if text.endswith(mark[:size])), b"")

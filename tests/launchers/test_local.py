@@ -23,7 +23,7 @@ from tests.helpers.launching import begin
 ROOT = Path(__file__).parents[2]
 
 TASKS = '''
-import os, signal, time
+import atexit, os, pathlib, signal, sys, threading, time
 import torch
 from bigtrain.errors import DataError
 from bigtrain.tasks.classification import Classification
@@ -70,6 +70,22 @@ class Failing(Classification):
 
     def sleeps(self, batch):
         time.sleep(600)
+
+    def lives(self, batch):
+        log = pathlib.Path(os.environ["BIGTRAIN_ATTEMPT_DIR"], "logs", "rank-00000.stderr")
+        atexit.register(print, "the handler ran", file=sys.stderr)
+        threading.Thread(target=self.outlasts).start()
+        print("\\r 10 %", end="", file=sys.stderr, flush=True)
+        deadline = time.monotonic() + 5
+        while log.read_bytes() != b"\\r 10 %":
+            if time.monotonic() > deadline:
+                raise RuntimeError("a line without an end is kept")
+            time.sleep(0.05)
+        print(file=sys.stderr)
+
+    def outlasts(self):
+        threading.main_thread().join()
+        print("the thread ended", file=sys.stderr)
 '''
 
 
@@ -135,6 +151,14 @@ def test_a_users_error_is_told_once(tmp_path: Path, nproc: int) -> None:
 
 def failing(how: str, rank: int = 1) -> dict[str, Any]:
     return {"name": "planted:Failing", "args": {"how": how, "rank": rank}}
+
+
+@pytest.mark.slow
+def test_a_forked_rank_lives_and_ends_as_any_program(tmp_path: Path) -> None:
+    """What it writes comes at once, with or without a newline; its threads and its handlers end with it."""
+    done = launch(run_file(tmp_path, failing("lives", 0)))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.split("\n") == ["", " 10 %", "the thread ended", "the handler ran", ""]
 
 
 @pytest.mark.slow
