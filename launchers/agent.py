@@ -20,13 +20,14 @@ from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 from launchers.forked import RankProcess, be_rank
-from launchers.guarded import END_OF_ATTEMPT
+from launchers.guarded import END_OF_ATTEMPT, PARENT_VARIABLE
 
 
 def main() -> None:
     """Carry out attempts until the launcher closes the socket."""
     tempfile.tempdir = sys.argv[2]  # here only: ranks have the user's
     _start_tracker()
+    os.environ[PARENT_VARIABLE] = str(os.getpid())
     forkserver.set_forkserver_preload(["launchers.preloaded"])
     forkserver.ensure_running()  # it imports while this process does
     stderr_of_ranks = os.dup(2)

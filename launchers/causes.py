@@ -79,7 +79,9 @@ def _of_death(end: RankEnd, attempt: Path, step: int | None) -> Cause:
     brief = f"rank {end.rank} {said}"
     place = "before the first step" if not step else f"after step {step}"
     text = f"error: rank {end.rank}, {place}, {said}\n  at: {attempt / 'logs'}\n  do: {advice}"
-    return Cause(text, brief, code, may_pass=True, rank=end.rank, step=step)
+    # What the command line refuses comes before anything is written to the run folder, and would be refused again.
+    is_refused = end.code == UserError.exit_code and not step
+    return Cause(text, brief, code, may_pass=not is_refused, rank=end.rank, step=step)
 
 
 def _last_words(attempt: Path, rank: int) -> str:

@@ -50,6 +50,8 @@ class RankProcess(ForkServerProcess):
 
 def be_rank(job: dict[str, Any]) -> None:
     """What a forked process does: it is the program, as if that had been started by itself."""
+    parent = os.environ.get(guarded.PARENT_VARIABLE)
+    guarded.end_with_parent(int(parent) if parent else None)
     gc.freeze()  # what the server imported stays: looking through it at every collection would copy it, too
     multiprocessing.set_start_method(None, force=True)  # what data workers are started by is the user's
     os.environ.update(job["environment"])

@@ -33,6 +33,9 @@ END_OF_ATTEMPT = b"\0end of attempt\0\n"
 # What the server that ranks are forked from imports, separated by commas.
 PRELOAD_VARIABLE = "BIGTRAIN_PRELOAD"
 
+# The process that started this one: Python's server lives on while there are ranks, who must end with the agent.
+PARENT_VARIABLE = "BIGTRAIN_PARENT"
+
 _OF_SCHEDULER = {
     "RANK": "SLURM_PROCID",
     "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
@@ -47,10 +50,16 @@ def stacks_of(attempt: Path, rank: int) -> Path:
     return attempt / "stacks" / f"rank-{rank:05d}.txt"
 
 
-def end_with_parent() -> None:
-    """Have the system kill this process when its parent ends; it stays so over exec. Only Linux can."""
+def end_with_parent(parent: int | None = None) -> None:
+    """Have the system kill this process when its parent ends; it stays so over exec. Only Linux can.
+
+    Args:
+        parent: Who that is: where it has ended already, this process ends here.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
 
 
 def name_process(name: str) -> None:

@@ -1,4 +1,4 @@
-"""Imports what ranks need, in the process that they are forked from."""
+"""Imports what ranks need, in the process that they are forked from, and has that end with the agent."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import importlib
 import os
 from contextlib import suppress
 
-from launchers.guarded import PRELOAD_VARIABLE
+from launchers.guarded import PARENT_VARIABLE, PRELOAD_VARIABLE, end_with_parent
+
+end_with_parent(int(os.environ[PARENT_VARIABLE]))
+os.environ[PARENT_VARIABLE] = str(os.getpid())
 
 for _name in filter(None, os.environ.get(PRELOAD_VARIABLE, "").split(",")):
     if _name == "deepspeed":

@@ -196,7 +196,7 @@ class Supervisor:
             outcome, code = AGAIN_LATER, AGAIN
         else:
             cause = find_cause(attempt, ends, code, step=step, debug=self._plan.debug)
-            outcome = REFUSED if cause.exit_code == UserError.exit_code else FAILED
+            outcome = REFUSED if cause.exit_code == UserError.exit_code and not cause.may_pass else FAILED
         if cause is not None and outcome != STOPPED:
             code = cause.exit_code
         fruitless = 0 if now > before else fruitless_starts(attempt)

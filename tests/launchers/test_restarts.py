@@ -270,6 +270,29 @@ def test_ranks_are_forked_from_one_server_which_may_die_too(tmp_path: Path, whol
     assert numbers(tmp_path / "runs/it") == whole
 
 
+def test_nothing_outlives_a_launcher_that_is_killed_while_ranks_start(tmp_path: Path) -> None:
+    path = run_file(tmp_path, train={"steps": 100_000})
+    for number in range(12 if IS_FULL else 4):
+        process = begin(tmp_path, "launch", str(path), "--nproc=2")
+        until(lambda: ranks_of(path), what="the first rank")
+        time.sleep(0.1 * number)
+        process.kill()
+        process.communicate(timeout=10)  # until nobody holds its output any more
+        until(lambda: not left_over(str(path)), 5, "the end of all ranks")
+
+
+def test_a_run_file_that_is_spoilt_while_the_run_is_on_ends_it(tmp_path: Path) -> None:
+    path = run_file(tmp_path, train={"steps": 100_000}, launch={"max_restarts": 3})
+    process = begin(tmp_path, "launch", str(path), "--nproc=2")
+    until(lambda: last_step(tmp_path / "runs/it") > 3)
+    path.write_text(path.read_text() + "optmi: {}\n")
+    os.kill(ranks_of(path)[1], signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2, err
+    assert out.count("starting again") == 1
+    assert "optmi" in err
+
+
 @pytest.mark.parametrize("seed", range(50 if IS_FULL else 1))
 def test_kills_at_random(tmp_path: Path, whole: list[dict[str, object]], seed: int) -> None:
     """Up to three random ranks of a run are killed at random times, now and then the launcher or all ranks at once."""

@@ -33,3 +33,12 @@ def test_a_library_that_ends_a_process_is_quoted(tmp_path: Path, log: str | None
     assert cause.brief == f"rank 1 was ended by SIGABRT{brief}"
     assert advice in cause.text
     assert cause.exit_code == 134
+
+
+@pytest.mark.parametrize(("step", "may_pass"), [(None, False), (0, False), (3, True)])
+def test_what_is_refused_before_the_first_step_is_not_tried_again(
+    tmp_path: Path, step: int | None, may_pass: bool
+) -> None:
+    cause = find_cause(tmp_path, [RankEnd(1, 2)], 1, step=step, debug=False)
+    assert cause.brief == "rank 1 ended with exit code 2 and left no word"
+    assert cause.may_pass == may_pass
