@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -70,10 +71,15 @@ def by_hand(folder: Path) -> float:
     return float(done.stdout.split("first step")[1].split()[0]) - began
 
 
-def rows(path: Path) -> list[dict[str, float]]:
-    if not path.exists():
-        return []
-    return [row for line in path.read_text().splitlines() if "loss" in (row := json.loads(line))]
+def rows(path: Path, attempt: int = 0) -> list[dict[str, Any]]:
+    """The steps of an attempt, as far as whole lines of them are there."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    found: dict[int, list[dict[str, Any]]] = {}
+    now = 0
+    for row in (json.loads(line) for line in lines if line.endswith("\n")):
+        now = row.get("attempt", now)
+        found.setdefault(now, []).append(row)
+    return [row for row in found.get(attempt, []) if "loss" in row]
 
 
 def by_bigtrain(folder: Path) -> tuple[float, float]:
@@ -92,7 +98,7 @@ def by_bigtrain(folder: Path) -> tuple[float, float]:
     ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if p.name().startswith("bigtrain-")]
     killed = time.time()
     ranks[-1].send_signal(signal.SIGKILL)
-    while not (after := [row for row in rows(metrics) if row["time"] > killed + 1.5]):
+    while not (after := rows(metrics, attempt=1)):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     process.wait()

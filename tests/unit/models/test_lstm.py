@@ -185,6 +185,7 @@ def train_and_compare(engine: str) -> None:
             torch.testing.assert_close(ours[name], tensor.detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_trains_on_two_ranks_as_on_one(engine):
     run_distributed(train_and_compare, 2, engine)

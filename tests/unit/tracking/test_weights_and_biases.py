@@ -86,6 +86,7 @@ def offline_rows(folder: Path) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------------- offline
 
 
+@pytest.mark.slow
 def test_offline_a_kill_and_two_restarts_are_one_series_and_wandb_sync_sends_one_run(
     tmp_path: Path, logged_in: WandbServer
 ) -> None:
@@ -175,6 +176,7 @@ def test_a_file_of_wandbs_that_is_torn_is_read_to_where_it_is(tmp_path: Path) ->
 # -------------------------------------------------------------------------------------------------------- online
 
 
+@pytest.mark.slow
 def test_online_one_run_over_restarts_and_a_change_of_engine(tmp_path: Path, logged_in: WandbServer) -> None:
     folder = tmp_path / "it"
     said = train(folder, range(1, 18), tags=["mine"])
