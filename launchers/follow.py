@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain import lease
+from bigtrain.errors import RunFolderError
 from bigtrain.runs import attempts, read_json, wish_to_stop
 from launchers.queue import JobState, job_of, state_of
 from launchers.steps import ask
@@ -146,7 +147,12 @@ def logs_of(attempt: Path, rank: int) -> list[Path]:
 
 
 def print_logs(path: Path, say: Callable[[str], None], *, rank: int = 0) -> None:
-    """Print what a rank has printed in the newest attempt, and why that ended, if it did."""
+    """Print what a rank has printed in the newest attempt, and why that ended, if it did.
+
+    Raises:
+        RunFolderError: Where the run has no such rank.
+    """
+    _check_rank(path, rank)
     tail = _Tail(say, rank)
     tail.move_on(path)
     found = standing(path)
@@ -165,7 +171,11 @@ def follow(path: Path, say: Callable[[str], None], *, job: str | None = None, ra
 
     Returns:
         What its launcher ended with.
+
+    Raises:
+        RunFolderError: Where the run has no such rank.
     """
+    _check_rank(path, rank)
     tail, told = _Tail(say, rank), ""
     try:
         while True:
@@ -182,6 +192,17 @@ def follow(path: Path, say: Callable[[str], None], *, job: str | None = None, ra
     except KeyboardInterrupt:
         say(f"the run goes on without being followed: bigtrain runs logs {path.name} -f")
         return 0
+
+
+def _check_rank(path: Path, rank: int) -> None:
+    started = [start for attempt in attempts(path) if (start := read_json(attempt / "start.json"))]
+    count = started[-1].get("processes") if started else None
+    if count is not None and rank >= count:
+        raise RunFolderError(
+            f"the run {path.name} has no rank {rank}: it was started in {count} process{'es' if count > 1 else ''}",
+            where="--rank",
+            remedy=f"give a rank from 0 to {count - 1}",
+        )
 
 
 class _Tail:

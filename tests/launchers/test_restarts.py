@@ -181,6 +181,9 @@ def test_stop_saves_and_resume_goes_on(tmp_path: Path, whole: list[dict[str, obj
     assert bigtrain(tmp_path, "runs", "resume", "it").returncode == 0
     assert numbers(tmp_path / "runs/it") == whole
     assert "step 40/40" in bigtrain(tmp_path, "runs", "logs", "it").stdout
+    refused = bigtrain(tmp_path, "runs", "logs", "it", "--rank=7")
+    assert refused.returncode == 2
+    assert "has no rank 7: it was started in 2 processes" in refused.stderr
 
 
 def test_usr2_to_one_rank_means_save_and_start_again(tmp_path: Path, whole: list[dict[str, object]]) -> None:
