@@ -7,7 +7,9 @@ torch has one thread; bigtrain reads large tensors with two.
 The state is weights and Adam's two moments in float32.
 
 - lost: a training of matrix products goes on while a checkpoint is written; what its steps take more than their median
-  without one, summed until the commit. `first` is the first save of the process, `later` those after it.
+  without one, summed until the commit. `first` is the first save of the process, `later` those after it. bigtrain
+  copies the optimizer's moments while the step after the save computes its gradients; the end of that step, where an
+  optimizer would change them, waits for the copy, and that is lost, too.
 - write, read: seconds, and the share of the speed of a raw copy of as many bytes to the same disk with the same fsync
   (of a raw read from the page cache). Reading verifies every byte; nobody else does.
 - the copy alone, hashing alone: the bare operations, in memory that is there; what does them cannot be faster.
@@ -98,21 +100,29 @@ def interleaved(actions: dict[str, Callable[[int], float]], rounds: int) -> dict
 # ---- time lost by training ----------
 
 
-def steps(seconds: float, is_done: Callable[[], bool] = lambda: True) -> Iterator[float]:
+def steps(
+    seconds: float, is_done: Callable[[], bool] = lambda: True, before_update: Callable[[], None] = lambda: None
+) -> Iterator[float]:
     """Train for so long, and until it is done: what each step took."""
     left, right = torch.randn(768, 768), torch.randn(768, 768)
+
+    def step() -> None:
+        for _ in range(8):
+            left @ right
+        before_update()
+
     began = time.perf_counter()
     while time.perf_counter() - began < seconds or not is_done():
-        yield timed(lambda: [left @ right for _ in range(8)])
+        yield timed(step)
 
 
-def lost_by(start: Callable[[], Callable[[], bool]]) -> float:
+def lost_by(start: Callable[[], Callable[[], bool]], before_update: Callable[[], None] = lambda: None) -> float:
     """Seconds that training loses from the call that begins a save until it is committed."""
     normal = statistics.median(steps(2.0))
     began = time.perf_counter()
     is_done = start()
     stall = time.perf_counter() - began
-    return stall + sum(max(0.0, step - normal) for step in steps(0.0, is_done))
+    return stall + sum(max(0.0, step - normal) for step in steps(0.0, is_done, before_update))
 
 
 def ours_in_background(background: Background, state: EngineState, number: int) -> Callable[[], bool]:
@@ -182,7 +192,11 @@ def compare_lost(state: dict[tuple[str, str], Tensor], folder: Path, rounds: int
     size = sum(tensor.nbytes for tensor in state.values())
     background = Background(World(), folder / "ours")
     background.reserve(size + 64 * len(state))
-    background_first = lost_by(lambda: ours_in_background(background, pieces, 0))
+
+    def ours(number: int) -> float:
+        return lost_by(lambda: ours_in_background(background, pieces, number), background.wait_for_copy)
+
+    background_first = ours(0)
 
     def dcp_async(number: int) -> float:
         def start() -> Callable[[], bool]:
@@ -195,7 +209,7 @@ def compare_lost(state: dict[tuple[str, str], Tensor], folder: Path, rounds: int
     copy = {key: tensor.clone() for key, tensor in state.items()}
     found = interleaved(
         {
-            "bigtrain background": lambda n: lost_by(lambda: ours_in_background(background, pieces, n + 1)),
+            "bigtrain background": lambda n: ours(n + 1),
             "dcp.async_save": dcp_async,
             "the copy alone": lambda n: timed(lambda: copy_all(state, copy)),
         },

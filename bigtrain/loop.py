@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,15 +34,22 @@ from bigtrain.tracking.base import Tracker
 from bigtrain.tracking.meter import Meter
 
 
-def train_step(engine: Engine, task: Task, microbatches: Sequence[Batch], lr_scale: float) -> StepResult:
+def train_step(
+    engine: Engine,
+    task: Task,
+    microbatches: Sequence[Batch],
+    lr_scale: float,
+    before_update: Callable[[], None] = lambda: None,
+) -> StepResult:
     """One optimizer step on one global batch, of which `microbatches` are this rank's part.
 
-    Every rank calls it with the same number of microbatches.
+    Every rank calls it with the same number of microbatches; `before_update` is called when there are gradients.
     """
     last = len(microbatches) - 1
     for number, batch in enumerate(microbatches):
         with engine.microbatch(last=number == last):
             engine.backward(task.loss(engine.model, batch))
+    before_update()
     return engine.step(lr_scale)
 
 
@@ -226,7 +232,7 @@ class Loop:
         self._note(TRAINING)
         microbatches = [self._move(batch) for batch in data.microbatches]
         lr_scale = self._schedule(self.outcome.steps)
-        result = train_step(self._engine, self._watched, microbatches, lr_scale)
+        result = train_step(self._engine, self._watched, microbatches, lr_scale, self._wait_for_copy)
         self._raise_if(self._watch.observe(self.outcome.steps, result.skipped, microbatches))
         self.outcome.steps += 1
         self.outcome.samples += data.num_samples
@@ -274,6 +280,11 @@ class Loop:
         self._replicas.compare(self.outcome.steps)
         began = time.perf_counter()
         self._saver.save(self.outcome)
+        self._meter.saved(time.perf_counter() - began)
+
+    def _wait_for_copy(self) -> None:
+        began = time.perf_counter()
+        self._saver.wait_for_copy()
         self._meter.saved(time.perf_counter() - began)
 
     def _after(self, result: StepResult, data: TrainBatch, lr_scale: float) -> None:
@@ -364,30 +375,3 @@ def _scalars(numbers: Mapping[str, Any]) -> dict[str, float]:
         for name, value in numbers.items()
     }
     return {f"eval/{name}": value for name, value in plain.items() if isinstance(value, (int, float))}
-
-
-def moved(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
-    """A batch on the device, its floating tensors in the dtype of the run; the batch itself where it is so already."""
-    data, weight = _moved(batch.data, device, dtype), _moved(batch.weight, device, None)
-    return batch if data is batch.data and weight is batch.weight else replace(batch, data=data, weight=weight)
-
-
-def _moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
-    if isinstance(value, Tensor):
-        wanted = dtype if dtype and value.is_floating_point() else value.dtype
-        if value.dtype == wanted and value.device == device:
-            return value  # `to` would find out by itself, at ten times the cost
-        if device.type == "cuda" and value.device.type == "cpu":
-            # From other memory than pinned the copy to the device would make this process wait.
-            value = torch.empty_like(value, dtype=wanted, pin_memory=True).copy_(value)
-        return value.to(device, wanted, non_blocking=True)
-    if isinstance(value, Mapping):
-        parts = [_moved(item, device, dtype) for item in value.values()]
-        is_same = all(part is item for part, item in zip(parts, value.values(), strict=True))
-        return value if is_same else dict(zip(value, parts, strict=True))
-    if isinstance(value, (tuple, list)):
-        parts = [_moved(item, device, dtype) for item in value]
-        if all(part is item for part, item in zip(parts, value, strict=True)):
-            return value
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value

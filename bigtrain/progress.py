@@ -164,6 +164,9 @@ class Saver(Protocol):
     def save(self, outcome: Outcome) -> None:
         """Save the state as it is now; it may be written while the training goes on."""
 
+    def wait_for_copy(self) -> None:
+        """Wait until the state that is being saved is free to change, before the optimizer changes it."""
+
     def poll(self) -> None:
         """Hear of what has been written, once a step.
 
@@ -198,6 +201,9 @@ class SavesNothing:
 
     def save(self, outcome: Outcome) -> None:
         """Save nothing."""
+
+    def wait_for_copy(self) -> None:
+        """Wait for nothing."""
 
     def poll(self) -> None:
         """Hear nothing."""

@@ -158,6 +158,11 @@ class Keeper:
             self._prune(path)
         self._say(path)
 
+    def wait_for_copy(self) -> None:
+        """Wait until the state that is being saved is free to change, before the optimizer changes it."""
+        if self._background:
+            self._background.wait_for_copy()
+
     def poll(self) -> None:
         """Hear of what has been written, once a step.
 

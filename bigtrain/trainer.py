@@ -31,17 +31,11 @@ from bigtrain.fitting import try_first_batch
 from bigtrain.goals import Goals
 from bigtrain.health.pulse import Pulse
 from bigtrain.health.spikes import watch_spikes
-from bigtrain.loop import Loop, evaluate, moved
+from bigtrain.loop import Loop, evaluate
+from bigtrain.moving import moved
 from bigtrain.named import call
 from bigtrain.optim import OptimizerPlan, Schedule, make_schedule, plan_optimizer
-from bigtrain.prepare import (
-    COMPUTE_DTYPES,
-    DTYPES,
-    Prepared,
-    prepare,
-    refuse_local_batchnorm,
-    seed_everything,
-)
+from bigtrain.prepare import COMPUTE_DTYPES, DTYPES, Prepared, prepare, refuse_local_batchnorm, seed_everything
 from bigtrain.progress import Cadence, Hook, Outcome, Saver
 from bigtrain.protocols import Batch, Dataset, Task
 from bigtrain.tracking.base import Tracker

@@ -1,8 +1,9 @@
 """Writing a checkpoint while the training goes on.
 
-The state is copied to host memory that exists already, and a thread writes the copy as `save` would. Its ranks talk
-over a group of their own, so that what they say cannot be mistaken for what the training says. That it is done, or
-has failed, every rank hears in the same step.
+The state is copied to host memory that exists already, and a thread writes the copy as `save` would. The training
+waits for a copy of the weights alone: what only the optimizer changes is copied while the next gradients are computed.
+Ranks talk over a group of their own, so that what they say cannot be mistaken for what the training says. That it is
+done, or has failed, every rank hears in the same step.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,41 @@ from bigtrain.checkpoint.ranks import Ranks
 from bigtrain.checkpoint.writing import bytes_of, save
 from bigtrain.dist import World
 from bigtrain.errors import SaveError
-from bigtrain.state import EngineState, Piece
+from bigtrain.state import BUFFER, WEIGHT, EngineState, Piece
 
 _log = logging.getLogger(__name__)
 
 _ALIGNMENT = 64  # bytes; of every piece in the copy
 _SHARE_OF_MEMORY = 0.5  # of what is free: the training and the page cache need some, too
+# A forward pass may change these: running statistics, and weights that a model keeps within bounds.
+_CHANGED_BY_FORWARD = (WEIGHT, BUFFER)
+
+
+@dataclass
+class _Prepared:
+    """What is to be written.
+
+    Attributes:
+        state: In our own memory, or the state itself.
+        is_copy: Which of the two.
+        rest: What of the copy is still to be made: to where, and of what.
+        ready: Called before the state is read.
+    """
+
+    state: EngineState
+    is_copy: bool = True
+    rest: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    ready: Callable[[], None] = lambda: None
+
+    def copy_rest(self) -> None:
+        """Make the rest of the copy; a failure waits for `ready`: this rank must not stay away where others meet."""
+        try:
+            with torch.no_grad():
+                for target, source in self.rest:
+                    target.copy_(source)
+        except Exception as error:
+            self.ready = partial(_fail, error)
+        self.rest = []
 
 
 class Background:
@@ -67,6 +97,7 @@ class Background:
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._thread: threading.Thread | None = None
         self._outcome: Path | BaseException | None = None
+        self._is_copied = threading.Event()
         self._num_done = torch.zeros(1, dtype=torch.int32)
         self._work: dist.Work | None = None
 
@@ -93,11 +124,12 @@ class Background:
     def start(
         self, step: int, state: EngineState, *, extra: Mapping[str, Any], own: Mapping[str, Any] | None = None
     ) -> None:
-        """Copy the state and begin to write it; if the last checkpoint is still being written, wait for that first.
+        """Begin to copy the state and to write it; if the last checkpoint is still being written, wait for that first.
 
         Args:
             step: How many steps have been taken.
-            state: This rank's part of the state; free to change as soon as this returns.
+            state: This rank's part of the state; its weights and buffers are free to change as soon as this returns,
+                the rest after `wait_for_copy`.
             extra: As in `save`.
             own: As in `save`.
 
@@ -105,12 +137,15 @@ class Background:
             SaveError: Why the last checkpoint was not written; this one is not begun then.
         """
         self.wait(before=step)
-        copy, ready, fits = self._prepared(state)
+        prepared = self._prepared(state)
         kept = deepcopy({"extra": extra, "own": own})
+        self._is_copied.clear()
 
         def write() -> None:
             try:
-                path = self._save(step, copy, ready=ready, **kept)
+                prepared.copy_rest()
+                self._is_copied.set()
+                path = self._save(step, prepared.state, ready=prepared.ready, **kept)
                 if self._world.is_main:
                     self._committed(path)
                 self._outcome = path
@@ -120,8 +155,13 @@ class Background:
         self._outcome = None
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
         self._thread.start()
-        if not fits:
+        if not prepared.is_copy:
             self._thread.join()
+
+    def wait_for_copy(self) -> None:
+        """Wait until all of the state that is being saved is free to change; the optimizer steps after that."""
+        if self._thread is not None:
+            self._is_copied.wait()
 
     def poll(self) -> Path | None:
         """The checkpoint that has been committed since the last call. Every rank must call it once a step.
@@ -177,31 +217,34 @@ class Background:
             self._group = None
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def _prepared(self, state: EngineState) -> tuple[EngineState, Callable[[], None], bool]:
-        """What is to be written, what to call before it is read, and whether it is a copy."""
+    def _prepared(self, state: EngineState) -> _Prepared:
         held = [piece for piece in state.pieces if piece.is_owner]
         needed = bytes_of(state) + _ALIGNMENT * len(held)
         try:
             self.reserve(needed)
             if needed > self._buffer.numel():
-                return state, lambda: None, False
-            return *self._copy(held, state.hyper), True
+                return _Prepared(state, is_copy=False)
+            return self._copy(held, state.hyper)
         except Exception as error:  # this rank must not stay away where the others meet
-            return state, partial(_fail, error), True
+            return _Prepared(state, ready=partial(_fail, error))
 
-    def _copy(self, held: Sequence[Piece], hyper: dict[str, dict[str, Any]]) -> tuple[EngineState, Callable[[], None]]:
-        """These pieces in our own memory, and what to call before reading them."""
-        pieces: list[Piece] = []
+    def _copy(self, held: Sequence[Piece], hyper: dict[str, dict[str, Any]]) -> _Prepared:
+        """These pieces in our own memory."""
+        prepared = _Prepared(EngineState([], hyper))
         place = 0
         devices: set[torch.device] = set()
         with torch.no_grad():
             for piece in held:
                 data = self._place(piece.data, place)
-                data.copy_(piece.data, non_blocking=True)
-                devices.add(piece.data.device)
-                pieces.append(replace(piece, data=data))
+                if piece.data.device.type == "cpu" and piece.kind not in _CHANGED_BY_FORWARD:
+                    prepared.rest.append((data, piece.data))
+                else:  # a device copies in the order of its own work, and the training does not wait for it
+                    data.copy_(piece.data, non_blocking=True)
+                    devices.add(piece.data.device)
+                prepared.state.pieces.append(replace(piece, data=data))
                 place += -(-data.nbytes // _ALIGNMENT) * _ALIGNMENT
-        return EngineState(pieces, hyper), _when_copied(devices)
+        prepared.ready = _when_copied(devices)
+        return prepared
 
     def _place(self, like: Tensor, place: int) -> Tensor:
         num_bytes = like.numel() * like.element_size()

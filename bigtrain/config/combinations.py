@@ -160,7 +160,7 @@ def of_weights(config: Config) -> Iterator[Clash]:
     """What is said of the file that a run begins with, where it begins with none: it would train from nothing."""
     if config.finetune.init_from is not None or config.model.name.startswith(catalogue.HUGGING_FACE):
         return
-    for key in ("new", "remap", "resize", "min_coverage"):
+    for key in ("new", "remap", "resize", "ignore", "min_coverage"):
         if getattr(config.finetune, key) not in ((), {}, None):
             yield Clash(
                 f"finetune.{key} is about the weights that a run begins with, and this one begins with none",

@@ -241,6 +241,9 @@ class Finetune(Section):
     new: Patterns = ()
     """Patterns of parameters that begin with initial values whatever init_from has."""
 
+    ignore: Patterns = ()
+    """Patterns of tensors of init_from's file to leave out, as further blocks of a deeper model."""
+
     freeze: Patterns = ()
     """Patterns of the parameters that do not train; one that matches nothing is an error."""
 

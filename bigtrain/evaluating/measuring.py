@@ -14,7 +14,7 @@ from bigtrain.dist import World
 from bigtrain.errors import DataError
 from bigtrain.evaluating.trained import Trained, check_model, refuse_given
 from bigtrain.loop import evaluate as evaluate_batches
-from bigtrain.loop import moved
+from bigtrain.moving import moved
 from bigtrain.protocols import Batch, Dataset
 from bigtrain.trainer import build_data, class_names_of, loaders, show_labels
 

@@ -11,7 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from bigtrain.data import TrainLoader
 from bigtrain.errors import CombinationError
-from bigtrain.loop import moved
+from bigtrain.moving import moved
 from bigtrain.protocols import Batch, Dataset, Task
 
 # Attributes by which modules keep a dropout rate that is applied in a function: torch's MultiheadAttention and

@@ -91,7 +91,9 @@ def _match(
         {plain: reader.index[key] for plain, key in theirs.items()},
         config.finetune,
         source,
-        prefix=getattr(training.model, "base_model_prefix", ""),  # transformers' rule for a model below a head
+        # transformers' rules: for a model below a head, and for what older files have
+        prefix=getattr(training.model, "base_model_prefix", ""),
+        may_have=list(getattr(training.model, "_keys_to_ignore_on_load_unexpected", None) or ()),
     )
     plan = training.freezing
     frozen = {plain_name(name) for name in plan.frozen_in(plan.num_phases - 1)}

@@ -1,19 +1,22 @@
 """Which tensor of a file goes into which of the model: by name, as declared, never by guessing.
 
-What is not covered and not declared new stops the run. One thing is seen without being declared, and said: an output
-layer of another number of classes begins anew.
+What is not covered and not declared new stops the run, and so does a file that has more in the modules and lists of
+blocks that the model takes from it: it is of a model that computes something else. One thing is seen without being
+declared, and said: an output layer of another number of classes begins anew.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bigtrain.config import schema
 from bigtrain.errors import PatternError, StateError
+from bigtrain.finetune.adapters import is_adapter
 from bigtrain.named import nearest
 from bigtrain.patterns import match_names
 from bigtrain.state import BUFFER, WEIGHT, TensorSpec
@@ -21,6 +24,7 @@ from bigtrain.state import BUFFER, WEIGHT, TensorSpec
 Key = tuple[str, str]
 _KINDS = (WEIGHT, BUFFER)
 _MOST_NAMED = 8
+_COUNTER = "num_batches_tracked"  # a BatchNorm counts with it, and computes the same without
 
 
 @dataclass
@@ -82,6 +86,7 @@ def match(
     source: str,
     *,
     prefix: str = "",
+    may_have: Sequence[str] = (),
 ) -> tuple[dict[Key, Key], LoadReport]:
     """Match the model's tensors with a file's.
 
@@ -91,19 +96,42 @@ def match(
         config: What the run file declares.
         source: Where the file comes from, for the report.
         prefix: What the names of all but the head begin with here, where a file of the model alone has none.
+        may_have: Regular expressions of names that a file of this model may have, and the model not.
 
     Returns:
         For each tensor of the model that is to be read, the file's; and the report.
 
     Raises:
-        PatternError: Where a pattern of `remap`, `resize` or `new` matches nothing.
-        StateError: Where the model needs what the file has not, or has in another shape; or too little is covered.
+        PatternError: Where a pattern of `remap`, `resize`, `ignore` or `new` matches nothing.
+        StateError: Where the model needs what the file has not, or has in another shape; where too little is covered;
+            or where the file has more in what is taken from it.
     """
+    renamed = _rename(_without(theirs, config.ignore), config.remap)
+    report = LoadReport(source)
+    sources, problems = _take(ours, theirs, config, renamed, report, prefix)
+    used = set(sources.values())
+    report.ignored = [key[1] for key in theirs if key[0] in _KINDS and key not in used]
+    _count(report, ours, theirs, sources)
+    _refuse(report, problems, config)
+    expected = [*may_have, *(r"\A" + fnmatch.translate(pattern) for pattern in config.new)]
+    unused = {key: name for (_, name), key in renamed.items() if key not in used}
+    _refuse_another(source, _further(sources, unused, prefix, expected))
+    report.new += [problem.partition(" ")[0] for problem in problems]
+    return sources, report
+
+
+def _take(
+    ours: Mapping[Key, TensorSpec],
+    theirs: Mapping[Key, TensorSpec],
+    config: schema.Finetune,
+    renamed: Mapping[Key, Key],
+    report: LoadReport,
+    prefix: str,
+) -> tuple[dict[Key, Key], list[str]]:
+    """For each tensor of the model that is to be read, the file's; and what is missing or does not fit."""
     names = [name for _, name in ours]
     new = set(match_names(config.new, names, where="finetune.new"))
     resizable = set(match_names(config.resize, names, where="finetune.resize"))
-    renamed = _rename(theirs, config.remap)
-    report = LoadReport(source)
     sources: dict[Key, Key] = {}
     problems: list[str] = []
     head = _changed_head(ours, renamed, theirs, new | resizable)
@@ -128,12 +156,15 @@ def match(
             report.resized[name] = theirs[found].shape
         else:
             problems.append(f"{name} is {theirs[found].shape} in the file and {spec.shape} in the model")
-    used = set(sources.values())
-    report.ignored = [key[1] for key in theirs if key[0] in _KINDS and key not in used]
-    _count(report, ours, theirs, sources)
-    _refuse(report, problems, config)
-    report.new += [problem.partition(" ")[0] for problem in problems]
-    return sources, report
+    return sources, problems
+
+
+def _without(theirs: Mapping[Key, TensorSpec], patterns: Sequence[str]) -> dict[Key, TensorSpec]:
+    """The file's weights and buffers that are not to be left out."""
+    kept = {key: spec for key, spec in theirs.items() if key[0] in _KINDS}
+    names = [name for _, name in kept]
+    unwanted = set(match_names(patterns, names, where="finetune.ignore", what="tensor of the file"))
+    return {key: spec for key, spec in kept.items() if key[1] not in unwanted}
 
 
 def _rename(theirs: Mapping[Key, TensorSpec], remap: Mapping[str, str]) -> dict[Key, Key]:
@@ -141,8 +172,6 @@ def _rename(theirs: Mapping[Key, TensorSpec], remap: Mapping[str, str]) -> dict[
     renamed: dict[Key, Key] = {}
     unused = set(remap)
     for key in theirs:
-        if key[0] not in _KINDS:
-            continue
         name = key[1]
         pattern = next((pattern for pattern in remap if fnmatch.fnmatchcase(name, pattern)), None)
         if pattern is not None:
@@ -230,6 +259,55 @@ def _refuse(report: LoadReport, problems: Sequence[str], config: schema.Finetune
         "ours.*}),\nof what a part is taken (finetune.resize), or how much is enough (finetune.min_coverage).\n"
         + (f"Of the file's own nothing was used: {shown(report.ignored)}" if report.ignored else ""),
     )
+
+
+def _further(
+    sources: Mapping[Key, Key], unused: Mapping[Key, str], prefix: str, expected: Sequence[str]
+) -> Iterator[str]:
+    """Patterns of what a file has beside what was taken from it: in the same modules, further blocks, and adapters.
+
+    Args:
+        sources: What was taken: for each tensor of the model, the file's.
+        unused: What was not, and its name here.
+        prefix: As for `match`.
+        expected: Regular expressions of names here that nobody wonders at.
+    """
+    taken = [name for _, name in sources]
+    modules = {name.rpartition(".")[0] for name in taken} - {""}
+    lists = {before for name in taken for before, _ in _numbered(name)}
+    blocks = {f"{before}.{number}" for name in taken for before, number in _numbered(name)}
+    for (_, own), name in unused.items():
+        if any(re.search(known, name) for known in expected):
+            continue
+        for here in (name, f"{prefix}.{name}") if prefix else (name,):
+            in_module = here.rpartition(".")[0] in modules and not here.endswith(_COUNTER)
+            if in_module or is_adapter(here):
+                yield own
+            for before, number in _numbered(here):
+                block = f"{before}.{number}"
+                if before in lists and block not in blocks:
+                    rest = here.removeprefix(block)
+                    yield own.removesuffix(rest) + ".*" if own.endswith(rest) else own
+                    break
+
+
+def _numbered(name: str) -> Iterator[tuple[str, str]]:
+    """Every list that a tensor lies in, and its number there."""
+    parts = name.split(".")
+    return ((".".join(parts[:place]), part) for place, part in enumerate(parts) if place and part.isdigit())
+
+
+def _refuse_another(source: str, further: Iterable[str]) -> None:
+    """Stop where the file is of a model that has more."""
+    patterns = list(dict.fromkeys(further))
+    if patterns:
+        raise StateError(
+            f"{source} is of a model that has more in what this one takes from it: {shown(patterns)}",
+            where="finetune.init_from",
+            remedy="build the model that the file is of; or, to leave them out: finetune.ignore: ["
+            + ", ".join(f'"{pattern}"' for pattern in patterns[:_MOST_NAMED])
+            + (", …]" if len(patterns) > _MOST_NAMED else "]"),
+        )
 
 
 def shown(names: Sequence[str]) -> str:

@@ -200,6 +200,7 @@ def save_in_the_background(layout: str, folder: str) -> list[int]:
         background = Background(world, Path(folder), files=Files(slow))
         heard, states = [], {}
         for step in range(1, 13):
+            background.wait_for_copy()
             train(engine, world, 1, range(step - 1, step))
             try:
                 path, failure = background.poll(), None

@@ -16,7 +16,8 @@ from bigtrain.config import schema
 from bigtrain.dist import World
 from bigtrain.engines import Choices
 from bigtrain.errors import NonFiniteError
-from bigtrain.loop import Loop, moved
+from bigtrain.loop import Loop
+from bigtrain.moving import moved
 from bigtrain.optim import plan_optimizer
 from bigtrain.progress import Cadence, Hook, StepInfo
 from bigtrain.protocols import Batch

@@ -47,6 +47,7 @@ FLOORS = {
     "bigtrain.progress": 5,
     "bigtrain.compiling": 6,
     "bigtrain.loop": 6,
+    "bigtrain.moving": 3,
     "bigtrain.report": 6,
     "bigtrain.saving": 6,
     "bigtrain.doors": 6,

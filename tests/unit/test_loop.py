@@ -19,7 +19,8 @@ from bigtrain.config import schema
 from bigtrain.dist import World
 from bigtrain.engines import Choices, Engine
 from bigtrain.errors import NonFiniteError
-from bigtrain.loop import Loop, evaluate, moved, train_step
+from bigtrain.loop import Loop, evaluate, train_step
+from bigtrain.moving import moved
 from bigtrain.optim import plan_optimizer
 from bigtrain.progress import Cadence, Hook, StepInfo
 from bigtrain.protocols import Batch, LossSum

@@ -15,6 +15,7 @@ import torch
 
 import bigtrain
 from bigtrain.checkpoint import diff, find, open_checkpoint, verify
+from bigtrain.checkpoint.background import _Prepared
 from bigtrain.doors.exporting import export
 from bigtrain.doors.incoming import bring_in
 from bigtrain.errors import DiskFullError, NoGoodError, NonFiniteError, RunFolderError, StateError
@@ -370,3 +371,23 @@ def test_a_checkpoint_that_failed_does_not_take_the_next_one_with_it(tmp_path):
     assert saved == set(range(1, STEPS + 1)) - {4}
     rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row.get("event") == "checkpoint"] == sorted(saved)
+
+
+def test_the_optimizer_waits_for_a_copy_that_is_slow(tmp_path, monkeypatch):
+    copy_rest = _Prepared.copy_rest
+
+    def slow(prepared):
+        time.sleep(0.2)
+        copy_rest(prepared)
+
+    monkeypatch.setattr(_Prepared, "copy_rest", slow)
+    values = config(tmp_path)
+    values["checkpoint"] |= {"every_steps": 3, "keep": None}
+    run = bigtrain.train(values)
+    values["run"]["name"] = "waits"
+    values["checkpoint"]["background"] = False
+    plain = bigtrain.train(values)
+    steps = find(run.path / "checkpoints")
+    assert len(steps) > 2
+    for ours, theirs in zip(steps, find(plain.path / "checkpoints"), strict=True):
+        assert diff(ours, theirs).differences == ()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bigtrain.checkpoint import Background, find, verify
+from bigtrain.checkpoint import background as background_module
 from bigtrain.checkpoint.files import Files
 from bigtrain.dist import World
 from bigtrain.errors import SaveError
@@ -49,6 +50,7 @@ def test_what_is_written_is_the_state_at_the_start(tmp_path):
     tensors["weight", "none"] = expected["weight", "none"] = torch.zeros(0, 2)
     background = Background(World(), tmp_path, files=disk.files)
     background.start(1, cut("rows", tensors, 1)[0], extra={"samples": 4})
+    background.wait_for_copy()
     changed(tensors)
     assert background.poll() is None
     assert find(tmp_path) == []
@@ -69,9 +71,33 @@ def test_one_at_a_time_and_every_one_right(tmp_path, caplog):
     background.start(2, cut("rows", tensors, 1)[0], extra={})
     assert [path.name for path in find(tmp_path)][-1] == "step-00000001"
     assert "waiting for the last checkpoint" in caplog.text
+    background.wait_for_copy()
     changed(tensors)
     assert_holds(background.wait(), some_tensors(2))
     assert_holds(tmp_path / "step-00000001", some_tensors(1))
+
+
+def test_weights_may_change_at_once_and_moments_when_they_have_been_copied(tmp_path, monkeypatch):
+    copies = threading.Event()
+    copy_rest = background_module._Prepared.copy_rest
+
+    def late(prepared):
+        assert copies.wait(10)
+        copy_rest(prepared)
+
+    monkeypatch.setattr(background_module._Prepared, "copy_rest", late)
+    tensors, expected = some_tensors(1), some_tensors(1)
+    moments = {key: tensor for key, tensor in tensors.items() if key[0] not in ("weight", "buffer")}
+    assert moments
+    background = Background(World(), tmp_path)
+    background.start(1, cut("rows", tensors, 1)[0], extra={})
+    changed({key: tensor for key, tensor in tensors.items() if key not in moments})
+    threading.Timer(0.1, copies.set).start()
+    background.wait_for_copy()
+    assert copies.is_set()
+    changed(moments)
+    assert_holds(background.wait(), expected)
+    background.wait_for_copy()  # nothing is being saved: nobody waits
 
 
 def test_a_failure_is_heard_of_once_and_the_next_save_works(tmp_path):
@@ -92,12 +118,20 @@ def test_a_failure_is_heard_of_once_and_the_next_save_works(tmp_path):
     assert verify(background.wait()).is_good
 
 
-def test_a_copy_that_cannot_be_made_is_a_failure_of_the_save(tmp_path):
+@pytest.mark.parametrize(
+    ("odd", "why"),
+    [
+        (torch.empty(7, 5, device="meta"), "meta"),  # found while the training waits
+        (torch.eye(7, 5).to_sparse(), "dense and sparse"),  # found beside it
+    ],
+)
+def test_a_copy_that_cannot_be_made_is_a_failure_of_the_save(tmp_path, odd, why):
     background = Background(World(), tmp_path)
     state = cut("rows", some_tensors(), 1)[0]
-    odd = replace(state.pieces[0], data=torch.empty(7, 5, device="meta"))  # nothing can be copied from it
-    background.start(1, EngineState([odd, *state.pieces[1:]], {}), extra={})
-    with pytest.raises(SaveError, match="meta"):
+    pieces = [replace(p, data=odd) if p.key == ("exp_avg", "up") else p for p in state.pieces]
+    background.start(1, EngineState(pieces, {}), extra={})
+    background.wait_for_copy()
+    with pytest.raises(SaveError, match=why):
         background.wait()
     assert list(tmp_path.iterdir()) == []
 

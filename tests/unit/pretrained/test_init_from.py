@@ -167,6 +167,8 @@ def test_a_part_is_taken_where_that_is_declared(tmp_path, weights):
         ({"remap": {"encoder.*": "*"}}, PatternError, "matches no tensor of the file"),
         ({"new": "tail.*"}, PatternError, "'tail.*' matches no parameter"),
         ({"resize": "tail.*"}, PatternError, "'tail.*' matches no parameter"),
+        ({"ignore": "tail.*"}, PatternError, "'tail.*' matches no tensor of the file"),
+        ({"ignore": "head.bias"}, StateError, "head.bias is not in the file"),
         ({"remap": {"body.0.bias": "head.bias"}}, PatternError, "two tensors of the file would be head.bias"),
         ({"remap": {"head.*": "body.9.*"}}, StateError, "head.weight is not in the file"),
         ({"remap": {"head.*": "body.9.*"}, "min_coverage": 0.99}, StateError, "covers 72.7%"),
@@ -193,6 +195,68 @@ def test_another_architecture_is_refused_with_names(tmp_path):
         begun(tmp_path, init_from=str(path))
     assert "covers 0.0% of the model" in str(caught.value)
     assert "body.0.weight is not in the file, which has weight" in str(caught.value)
+
+
+class Deep(nn.Module):
+    """Blocks in a list, biases or none, a norm with statistics or without, and a head."""
+
+    def __init__(self, classes=3, *, depth=2, bias=True, norm=nn.BatchNorm1d):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4, bias=bias), norm(4)) for _ in range(depth))
+        self.head = nn.Linear(4, classes)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+class Instance(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x):
+        return nn.functional.layer_norm(x, x.shape[1:], self.weight, self.bias)
+
+
+@pytest.mark.parametrize(
+    ("here", "further", "ignore"),
+    [
+        ({"depth": 1}, '"blocks.1.*"]', ["blocks.1.*"]),
+        ({"bias": False}, '"blocks.0.0.bias", "blocks.1.0.bias"]', ["*.0.bias"]),
+        ({"norm": Instance}, '"blocks.0.1.running_mean", "blocks.0.1.running_var", "blocks.1', ["*.running_*"]),
+    ],
+)
+def test_a_file_of_a_model_that_has_more_is_refused(tmp_path, here, further, ignore):
+    weights = Deep().state_dict()
+    save_file(weights, path := tmp_path / "weights.safetensors")
+
+    def model(classes):
+        return Deep(classes, **here)
+
+    with pytest.raises(StateError) as caught:
+        begun(tmp_path, model=model, init_from=str(path), min_coverage=0.1)
+    assert "is of a model that has more in what this one takes from it" in str(caught.value)
+    assert f"finetune.ignore: [{further}" in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+    held, report = begun(tmp_path, model=model, init_from=str(path), ignore=ignore)
+    assert_begun_with(held, {name: tensor for name, tensor in weights.items() if name in held})
+    assert set(report["ignored"]) == set(weights) - set(held)
+
+
+def test_a_head_of_another_kind_and_modules_of_its_own_are_the_files_business(tmp_path):
+    weights = Deep().state_dict()
+    weights |= {"head.0.weight": torch.ones(2), "cls.predictions.bias": torch.ones(2)}
+    save_file(weights, path := tmp_path / "weights.safetensors")
+    _, report = begun(tmp_path, model=Deep, init_from=str(path))
+    assert set(report["ignored"]) == {"head.0.weight", "cls.predictions.bias"}
+    weights["head.scale"] = torch.ones(2)
+    save_file(weights, path)
+    with pytest.raises(StateError, match=r'finetune.ignore: \["head.scale"\]'):
+        begun(tmp_path / "taken", model=Deep, init_from=str(path))
+    _, report = begun(tmp_path / "new", model=Deep, init_from=str(path), new=["head.*"])
+    assert {"head.scale", "head.weight"} < set(report["ignored"])
 
 
 class Evil:
