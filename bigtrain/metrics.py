@@ -5,6 +5,7 @@ This module does not import torch.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,9 @@ _BETTER_WHEN_LARGE = ("accuracy", "precision", "recall", "f1", "r2", "auc", "sco
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+
+
 def to_json(value: Any) -> Any:
     """The same value with words for the numbers that JSON does not know: nan, inf and -inf."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -21,6 +25,15 @@ def to_json(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: to_json(item) for key, item in value.items()}
     return [to_json(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def to_line(row: Mapping[str, Any]) -> bytes:
+    """A row as a line of JSON in UTF-8, its end included."""
+    try:
+        text = _ENCODER.encode(row)
+    except (TypeError, ValueError):  # seldom: something that JSON does not know
+        text = _ENCODER.encode(to_json(row))
+    return text.encode(errors="backslashreplace") + b"\n"  # half a surrogate is written as JSON escapes it
 
 
 def from_json(value: Any) -> Any:

@@ -55,7 +55,10 @@ def explain(hang: Hang, ranks: Ranks, attempt: Path, step: int | None) -> Cause:
     """
     stopped = {seen.rank for seen in hang.ranks if _is_stopped(seen)}
     _collect_stacks(ranks, [stacks_of(attempt, seen.rank) for seen in hang.ranks])
-    places = {seen.rank: _place(stacks_of(attempt, seen.rank), seen) for seen in hang.ranks}
+    hushed = stopped | {seen.rank for seen in hang.silent()}
+    places = {
+        seen.rank: _place(stacks_of(attempt, seen.rank), None if seen.rank in hushed else seen) for seen in hang.ranks
+    }
     behind = _behind(hang, places, stopped)
     when = "the first step did not come" if hang.is_start else f"no progress after step {step}"
     lines = [f"error: {when}: nothing was heard of for {hang.waited_s:.0f} s"]
@@ -127,12 +130,13 @@ def _collect_stacks(ranks: Ranks, files: Sequence[Path]) -> None:
         time.sleep(0.05)
 
 
-def _place(stacks: Path, seen: Seen) -> Place:
+def _place(stacks: Path, seen: Seen | None) -> Place:
+    """Where a rank stands; what one that is silent said last may be over."""
     try:
         text = stacks.read_text(errors="replace")
     except OSError:
         text = ""
-    return read_place(text, seen.beat.phase if seen.beat else "")
+    return read_place(text, seen.beat.phase if seen and seen.beat else "")
 
 
 def read_place(stacks: str, phase: str) -> Place:

@@ -84,7 +84,8 @@ class SpikeWatch:
     def _judged(self, step: int, loss: float, end: tuple[int, int]) -> Spike | None:
         recent, factor = self._recent, self._factor
         spike = None
-        if factor is not None and len(recent) >= _FEWEST:
+        # Most losses are told from spikes by the one before them: twice the largest is more than twice that.
+        if factor is not None and len(recent) >= _FEWEST and loss > 2 * recent[-1]:
             usual = sum(recent) / len(recent)
             if loss > factor * usual > 0 and loss > 2 * max(recent):
                 spike = Spike(step, loss, usual, end)

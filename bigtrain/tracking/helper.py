@@ -1,8 +1,9 @@
 """The process that trackers live in: `python -m bigtrain.tracking.helper`, started by `outside`.
 
 Lines of JSON come in: the trackers to make, then rows, then the word to close. What the user should know goes out in
-lines of JSON. Each tracker has a thread and a bounded queue: one that hangs or fails holds up no other. This process
-does not import torch.
+lines of JSON. Each tracker has a thread and a bounded queue: one that hangs or fails holds up no other. Rows are taken
+ten times a second: to wake a process with each would cost the training more than to write it. This process does not
+import torch.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from typing import IO, Any
+from typing import Any
 
 from bigtrain.errors import UserError
 from bigtrain.metrics import from_json
@@ -28,6 +29,7 @@ _MOST_WAITING = 20_000
 # How long trackers may take to close: where the training asks for it, and where it has been killed, so that nothing is
 # left of a run that somebody ended.
 _SECONDS_TO_CLOSE, _SECONDS_LEFT_ALONE = 25.0, 3.0
+_SECONDS_BETWEEN, _MUCH = 0.1, 32_768  # between two fetches; bytes, after which there are more at once
 
 
 class Working:
@@ -92,9 +94,19 @@ def make_tracker(factory: str, args: Mapping[str, Any], run: TrackedRun, say: Ca
     return made
 
 
-def work(lines: IO[bytes], tell: Callable[[Mapping[str, Any]], None]) -> None:
+def fetch(pipe: int) -> Iterator[bytes]:
+    """The lines that come out of a pipe; one that a kill has cut off is not told."""
+    begun = b""
+    while part := os.read(pipe, 1 << 20):
+        *lines, begun = (begun + part).split(b"\n")
+        yield from lines
+        if len(part) < _MUCH:
+            time.sleep(_SECONDS_BETWEEN)
+
+
+def work(lines: Iterator[bytes], tell: Callable[[Mapping[str, Any]], None]) -> None:
     """Serve trackers until the lines end or the word to close comes."""
-    first = json.loads(lines.readline() or b"{}")
+    first = json.loads(next(lines, b"{}"))
     if not first:
         return
     run = TrackedRun(**first["run"])
@@ -108,8 +120,6 @@ def work(lines: IO[bytes], tell: Callable[[Mapping[str, Any]], None]) -> None:
     trackers = [Working(spec["name"], making(spec), say) for spec in first["trackers"]]
     seconds = _SECONDS_LEFT_ALONE
     for line in lines:
-        if not line.endswith(b"\n"):
-            break  # the training was killed in the middle of it
         row = from_json(json.loads(line))
         if row.get("close"):
             seconds = _SECONDS_TO_CLOSE
@@ -134,7 +144,7 @@ def main() -> None:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # a scheduler sends them to every process; this one ends with its rank
-    lines = os.fdopen(os.dup(0), "rb")
+    lines = fetch(os.dup(0))
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)  # whatever is started here must not hold the pipes open,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bigtrain.metrics import to_json
-from bigtrain.tracking.base import kind_of
+from bigtrain.metrics import to_line
 
 # What waits for a disk that is full; the oldest lines are given up after that.
 _MOST_WAITING = 100_000
@@ -36,10 +34,9 @@ class MetricsFile:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one line."""
-        if kind_of(row) == "histograms":
+        if "histograms" in row:
             return
-        text = json.dumps(to_json(row), separators=(",", ":"), allow_nan=False, ensure_ascii=False)
-        self._waiting.append(text.encode() + b"\n")
+        self._waiting.append(to_line(row))
         try:
             self._write()
         except OSError as error:

@@ -18,6 +18,7 @@ from bigtrain.dist import World
 
 # A rank and what it used travel as one number, so that one reduction tells both.
 _RANKS = 1 << 16
+_SECONDS_BETWEEN = 1.0  # how often the system is asked for a peak, at most
 
 
 class Meter:
@@ -32,6 +33,7 @@ class Meter:
         self._largest = torch.zeros(2, dtype=torch.int64)
         self._under_way: dist.Work | None = None
         self._found: dict[str, Any] = {}
+        self._memory, self._asked_at = 0, -_SECONDS_BETWEEN
         self._reset()
 
     def _reset(self) -> None:
@@ -68,12 +70,14 @@ class Meter:
             "save_s": self._saved / steps,
             "compute_s": max(seconds - self._waited - self._saved, 0.0) / steps,
         }
+        if is_last or now - self._asked_at >= _SECONDS_BETWEEN:
+            self._memory, self._asked_at = peak_memory(self._world.device), now
         row.update(self._over_ranks(self._waited / steps, is_last=is_last))
         self._reset()
         return row
 
     def _over_ranks(self, waited: float, *, is_last: bool) -> dict[str, Any]:
-        memory = peak_memory(self._world.device)
+        memory = self._memory
         if self._world.size == 1:
             return {"peak_memory_bytes": memory}
         self._take()

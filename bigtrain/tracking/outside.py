@@ -21,11 +21,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigtrain.metrics import to_json
+from bigtrain.metrics import to_line
 from bigtrain.tracking.base import TrackedRun
 
 # What waits for trackers that are slow or not there yet; what comes after that is left out, and said.
 _MOST_WAITING = 20_000
+# How often it is heard whether they have something to say, at most.
+_SECONDS_BETWEEN = 0.5
 # How long the end of a run may wait for trackers, and when the user is told that it does.
 _SECONDS_TO_CLOSE, _SECONDS_TO_TELL = 28.0, 4.0
 
@@ -68,10 +70,10 @@ class Outside:
         self._names = ", ".join(spec.name for spec in specs)
         self._waiting: deque[bytes] = deque()
         self._left_out = 0
-        self._heard = b""
+        self._heard, self._heard_at = b"", 0.0
         self._is_done = False
         first = {"trackers": [asdict(spec) for spec in specs], "run": asdict(run)}
-        self._waiting.append(_line(first))
+        self._waiting.append(to_line(first))
         with log.open("ab") as output:
             # Its own session: what interrupts the training must not take the last numbers with it.
             self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
@@ -93,19 +95,21 @@ class Outside:
         if self._process is None:
             return
         if len(self._waiting) < _MOST_WAITING:
-            self._waiting.append(_line(row))
+            self._waiting.append(to_line(row))
         else:
             self._left_out += 1
             if self._left_out == 1:
                 self._say(f"warning: {self._names} cannot keep up, and rows are left out; metrics.jsonl has them all")
         self._pass_on()
-        self._listen()
+        if (now := time.monotonic()) - self._heard_at > _SECONDS_BETWEEN:
+            self._heard_at = now
+            self._listen()
 
     def close(self) -> None:
         """Wait until everything has been taken, but not for long."""
         if self._process is None:
             return
-        self._waiting.append(_line({"close": True}))
+        self._waiting.append(to_line({"close": True}))
         until, told_at = time.monotonic() + self._seconds_to_close, time.monotonic() + _SECONDS_TO_TELL
         while self._process is not None and not self._is_done and (left := until - time.monotonic()) > 0:
             writing = [self._in] if self._waiting else []
@@ -175,10 +179,6 @@ class Outside:
                 stream.close()  # type: ignore[union-attr]
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=5)
-
-
-def _line(row: Mapping[str, Any]) -> bytes:
-    return json.dumps(to_json(row), separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
 def _environment() -> dict[str, str]:

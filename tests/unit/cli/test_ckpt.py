@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import bigtrain
 from bigtrain import runs
 from bigtrain.checkpoint import find
 from bigtrain.cli import app
+from bigtrain.cli.ckpt import _leaving_nothing
 from bigtrain.errors import CheckpointError, RunFolderError
 from tests.helpers.resuming import config
 
@@ -167,3 +169,17 @@ def test_the_reader_that_needs_numpy_alone(run, tmp_path):
     (copy / "shard-00000.safetensors").write_bytes(raw)
     with pytest.raises(ValueError, match="is not what was written"):
         module["read_tensors"](copy)
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_in_the_middle_of_a_destructor_is_not_lost(raised):
+    class Dying:
+        def __del__(self):
+            raise raised
+
+    def work():
+        Dying()
+        time.sleep(10)
+
+    with pytest.raises(raised), _leaving_nothing():
+        work()
