@@ -10,7 +10,7 @@ from typing import Any
 
 from bigtrain.errors import CheckpointError, CorruptError
 
-_OUTPUT = "lm_head.weight"
+OUTPUT = "lm_head.weight"
 
 # The argument of our gpt for each key of a Llama's config.json.
 _LLAMA = {
@@ -58,7 +58,7 @@ def from_llama(name: str) -> str:
 
 def to_llama(name: str) -> str:
     """A Llama's name of our parameter."""
-    return name if name == _OUTPUT else f"model.{name}"
+    return name if name == OUTPUT else f"model.{name}"
 
 
 def llama_config(args: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from bigtrain.state import WEIGHT, Box, TensorSpec
 Key = tuple[str, str]
 
 _INDEX, _SINGLE, _CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+_PEFT = "adapter_config.json"
 _LARGEST_JSON = 64 << 20
 
 
@@ -97,6 +98,12 @@ def _open_folder(path: Path, *, as_gpt: bool) -> ForeignReader:
         )
     if (path / "pytorch_model.bin").exists():
         return open_weights(path / "pytorch_model.bin")
+    if (path / _PEFT).exists():
+        raise CheckpointError(
+            f"{path} holds an adapter of peft, and not the model that it belongs to",
+            remedy="begin with that model; or merge the two first, in Python:\n"
+            f"peft.AutoPeftModelForCausalLM.from_pretrained({str(path)!r}).merge_and_unload().save_pretrained(OUT)",
+        )
     held = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
     raise CheckpointError(
         f"{path} is no checkpoint, run or Hugging Face folder: it holds {held}",

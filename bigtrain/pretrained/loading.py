@@ -6,6 +6,7 @@ the file does not cover is left as it is: those pieces hold their initial values
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from bigtrain.catalogue import HUGGING_FACE
 from bigtrain.checkpoint import Ranks
+from bigtrain.config.loader import loads
+from bigtrain.config.schema import Config
 from bigtrain.doors import ForeignReader, open_weights
 from bigtrain.doors.base import Base, Left, digests_of
-from bigtrain.doors.names import gpt_args, is_llama
-from bigtrain.errors import BigtrainError, CheckpointError, ReadError, StateError
+from bigtrain.doors.names import OUTPUT, gpt_args, is_llama
+from bigtrain.errors import BigtrainError, CheckpointError, CorruptError, ReadError, StateError
 from bigtrain.finetune.adapters import is_adapter, plain_name
 from bigtrain.models.gpt import GPT
 from bigtrain.pretrained.finding import check_folder, find_weights
@@ -29,7 +32,12 @@ from bigtrain.trainer import Training
 
 T = TypeVar("T")
 
-_IN_NO_SHAPE = ("heads", "kv_heads", "norm_eps", "rope_theta")
+_IN_NO_SHAPE = ("heads", "kv_heads", "norm_eps", "rope_theta", "tied")
+_IN_NO_SHAPE_OF_THEIRS = (  # of a config.json of transformers, by all the names that its models give them
+    *("num_attention_heads", "num_key_value_heads", "n_head", "n_heads", "head_dim", "rms_norm_eps", "layer_norm_eps"),
+    *("layer_norm_epsilon", "hidden_act", "activation_function", "activation", "rope_theta", "rope_parameters"),
+    *("partial_rotary_factor", "tie_word_embeddings"),
+)
 
 _CHUNK = 32 << 20  # bytes read at once: what is needed beside the pieces themselves
 
@@ -79,11 +87,12 @@ def _match(
     config = training.config
     theirs = {(kind, plain_name(name)): (kind, name) for kind, name in reader.index}
     has_adapter = any(is_adapter(name) for _, name in theirs)
-    if has_adapter and config.finetune.adapter is None:
+    if has_adapter and config.finetune.adapter is None and not config.finetune.ignore:
         raise StateError(
             f"{source} holds an adapter, and this run has none",
             where="finetune.init_from",
-            remedy="merge it first: bigtrain ckpt export --to safetensors; or give the run the same finetune.adapter",
+            remedy="merge it first (bigtrain ckpt export --to safetensors; merge_and_unload of peft); or give the run\n"
+            'the same finetune.adapter; or leave the adapter out: finetune.ignore: ["*.lora_*"]',
         )
     ours = {(kind, plain_name(name)): (kind, name) for kind, name in specs if has_adapter or not is_adapter(name)}
     sources, report = match(
@@ -95,6 +104,7 @@ def _match(
         prefix=getattr(training.model, "base_model_prefix", ""),
         may_have=list(getattr(training.model, "_keys_to_ignore_on_load_unexpected", None) or ()),
     )
+    _refuse_another_scale(reader, sources, config)
     plan = training.freezing
     frozen = {plain_name(name) for name in plan.frozen_in(plan.num_phases - 1)}
     random = [name for name in report.new if name in frozen]
@@ -107,6 +117,24 @@ def _match(
             remedy=f"let them train {how}: finetune.{key}" + ("" if has_one else ", finetune.unfreeze"),
         )
     return {ours[plain]: theirs[key] for plain, key in sources.items()}, report
+
+
+def _refuse_another_scale(reader: ForeignReader, sources: Mapping[Key, Key], config: Config) -> None:
+    """Refuse an adapter that would be multiplied by something else than where it was trained.
+
+    Raises:
+        StateError: Naming both.
+    """
+    saved, ours = _saved(reader), config.finetune.adapter
+    theirs = saved.finetune.adapter if saved else None
+    takes_one = any(is_adapter(name) for _, name in sources)
+    if takes_one and theirs and ours and theirs.alpha != ours.alpha:
+        raise StateError(
+            f"the adapter of {reader.path} was trained with alpha {theirs.alpha:g}, and this run has {ours.alpha:g}",
+            where="finetune.adapter.alpha",
+            remedy=f'set it to {theirs.alpha:g}; or begin another adapter (finetune.ignore: ["*.lora_*"], and\n'
+            'finetune.new: ["*.lora_*"])',
+        )
 
 
 def _base(
@@ -131,21 +159,58 @@ def _refuse_other_arithmetic(reader: ForeignReader, training: Training) -> None:
     Raises:
         StateError: Naming the arguments.
     """
-    theirs = getattr(reader, "config", {})
-    if training.config.model.name != "gpt" or not is_llama(theirs):
-        return
-    wanted = gpt_args(theirs, str(reader.path))
-    parameters = inspect.signature(GPT).parameters
-    ours = {name: training.config.model.args.get(name, p.default) for name, p in parameters.items()}
-    ours["kv_heads"] = ours["kv_heads"] or ours["heads"]
-    wrong = {name for name in _IN_NO_SHAPE if name in wanted and wanted[name] != ours[name]}
-    if wrong:
+    said: Mapping[str, Any] = getattr(reader, "config", {})
+    config, saved = training.config, _saved(reader)
+    is_gpt_there = is_llama(said) or (saved is not None and saved.model.name == "gpt")
+    if config.model.name == "gpt" and is_gpt_there:
+        theirs = _args_of_gpt(saved.model.args) if saved else gpt_args(said, str(reader.path))
+        ours = _args_of_gpt(config.model.args)
+        others = {key: (theirs[key], ours[key]) for key in _IN_NO_SHAPE if key in theirs and theirs[key] != ours[key]}
+        if any(fnmatch.fnmatchcase(OUTPUT, pattern) for pattern in (*config.finetune.new, *config.finetune.ignore)):
+            others.pop("tied", None)  # the output layer is declared to be another
+        remedy = "set model.args to what is there"
+    else:
+        others = _of_another_folder(said, training)
+        remedy = "say what is meant: model.args.config: {" + ", ".join(f"{key}: …" for key in others) + "}"
+    if others:
         raise StateError(
-            f"{reader.path} is for another gpt: "
-            + ", ".join(f"{name} is {wanted[name]} there and {ours[name]} here" for name in sorted(wrong)),
+            f"{reader.path} is for another {config.model.name}: "
+            + ", ".join(f"{key} is {there} there and {here} here" for key, (there, here) in sorted(others.items())),
             where="model.args",
-            remedy="set model.args to what is there",
+            remedy=remedy,
         )
+
+
+def _saved(reader: ForeignReader) -> Config | None:
+    """The run file of the run that saved a checkpoint of ours."""
+    text = getattr(reader, "extra", {}).get("config")
+    return loads(text) if text else None
+
+
+def _args_of_gpt(given: Mapping[str, Any]) -> dict[str, Any]:
+    ours = {name: given.get(name, p.default) for name, p in inspect.signature(GPT).parameters.items()}
+    return {**ours, "kv_heads": ours["kv_heads"] or ours["heads"]}
+
+
+def _of_another_folder(said: Mapping[str, Any], training: Training) -> dict[str, tuple[Any, Any]]:
+    """What a folder's config.json says otherwise than a model hf/<another folder> does, and the run file nothing of."""
+    described = getattr(training.model, "config", None)
+    if training.config.finetune.init_from is None or not said.get("model_type"):
+        return {}
+    if said["model_type"] != getattr(described, "model_type", None):
+        return {}
+    try:
+        theirs = type(described).from_dict(dict(said)).to_dict()  # type: ignore[union-attr]
+    except Exception as error:  # anything may stand in such a file
+        raise CorruptError(
+            f"transformers cannot read the config.json: {type(error).__name__}: {error}",
+            where=str(training.config.finetune.init_from),
+            remedy="put right what it says",
+        ) from error
+    ours = described.to_dict()  # type: ignore[union-attr]
+    declared = training.config.model.args.get("config") or {}
+    keys = [key for key in _IN_NO_SHAPE_OF_THEIRS if key in theirs and key in ours and key not in declared]
+    return {key: (theirs[key], ours[key]) for key in keys if theirs[key] != ours[key]}
 
 
 def _told(ranks: Ranks, action: Callable[[], T]) -> T:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,7 +24,10 @@ from bigtrain.state import BUFFER, WEIGHT, TensorSpec
 Key = tuple[str, str]
 _KINDS = (WEIGHT, BUFFER)
 _MOST_NAMED = 8
-_COUNTER = "num_batches_tracked"  # a BatchNorm counts with it, and computes the same without
+# Without these a model computes the same: a BatchNorm's counter, and tables that older versions of transformers saved.
+_NO_MATTER = ("num_batches_tracked", "rotary_emb.inv_freq", "position_ids", "attn.masked_bias")
+_OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+_OLD_NORM = re.compile(r"\bLayerNorm\.(weight|bias)$")
 
 
 @dataclass
@@ -112,10 +115,11 @@ def match(
     used = set(sources.values())
     report.ignored = [key[1] for key in theirs if key[0] in _KINDS and key not in used]
     _count(report, ours, theirs, sources)
-    _refuse(report, problems, config)
+    _refuse(report, problems, config, [name for _, name in renamed])
     expected = [*may_have, *(r"\A" + fnmatch.translate(pattern) for pattern in config.new)]
     unused = {key: name for (_, name), key in renamed.items() if key not in used}
-    _refuse_another(source, _further(sources, unused, prefix, expected))
+    further = list(dict.fromkeys(_further(sources, unused, prefix, expected)))
+    _refuse_another(source, _shortened(further, {name for _, name in used}))
     report.new += [problem.partition(" ")[0] for problem in problems]
     return sources, report
 
@@ -140,7 +144,7 @@ def _take(
         new |= {name for name in names if name.startswith(head[0] + ".")}
     for key, spec in ours.items():
         name = key[1]
-        found = renamed.get(key) or renamed.get((WEIGHT, name)) or _below(prefix, name, renamed)
+        found = renamed.get(key) or _found(name, prefix, renamed)
         if name in new:
             report.new.append(name)
         elif found is None:
@@ -194,10 +198,17 @@ def _rename(theirs: Mapping[Key, TensorSpec], remap: Mapping[str, str]) -> dict[
     return renamed
 
 
-def _below(prefix: str, name: str, renamed: Mapping[Key, Key]) -> Key | None:
-    """The tensor of a file that holds the model below a head alone, as transformers' AutoModel saves it."""
-    begins = f"{prefix}."
-    return renamed.get((WEIGHT, name.removeprefix(begins))) if prefix and name.startswith(begins) else None
+def _found(name: str, prefix: str, renamed: Mapping[Key, Key]) -> Key | None:
+    """The file's tensor for one of the model's.
+
+    A file may hold the model below a head alone, as transformers' AutoModel saves it, and have the names that
+    TensorFlow's layer norms had, as the first BERTs do.
+    """
+    names = [name]
+    if prefix and name.startswith(f"{prefix}."):
+        names.append(name.removeprefix(f"{prefix}."))
+    names += [_OLD_NORM.sub(lambda part: _OLD_NAMES[part[0]], each) for each in names]
+    return next((renamed[WEIGHT, each] for each in names if (WEIGHT, each) in renamed), None)
 
 
 def _replaced(name: str, pattern: str, wanted: str) -> str:
@@ -243,8 +254,8 @@ def _count(
             report.bytes_covered += math.prod(min(pair) for pair in both) * size
 
 
-def _refuse(report: LoadReport, problems: Sequence[str], config: schema.Finetune) -> None:
-    """Stop where too little is covered."""
+def _refuse(report: LoadReport, problems: Sequence[str], config: schema.Finetune, theirs: Sequence[str]) -> None:
+    """Stop where too little is covered of what the file has under these names."""
     enough = config.min_coverage is not None and report.coverage >= config.min_coverage
     if not problems or enough:
         return
@@ -257,14 +268,29 @@ def _refuse(report: LoadReport, problems: Sequence[str], config: schema.Finetune
         where="finetune.init_from",
         remedy="say what begins anew (finetune.new), what has another name in the file (finetune.remap: {theirs.*: "
         "ours.*}),\nof what a part is taken (finetune.resize), or how much is enough (finetune.min_coverage).\n"
-        + (f"Of the file's own nothing was used: {shown(report.ignored)}" if report.ignored else ""),
+        + (f"Of the file's own nothing was used: {shown(report.ignored)}" if report.ignored else "")
+        + _same_below([problem.partition(" ")[0] for problem in problems], () if config.remap else theirs),
     )
+
+
+def _same_below(missing: Sequence[str], theirs: Sequence[str]) -> str:
+    """The line to declare where most of what is missing is in the file below another name, as DDP's `module.`."""
+    held = set(theirs)
+    begins = {name.removesuffix(each) for each in missing[:_MOST_NAMED] for name in theirs if name.endswith(f".{each}")}
+    for begin in sorted(begins):
+        if 2 * sum(begin + each in held for each in missing) > len(missing):
+            return f'\nMost of it is there below {begin[:-1]}: finetune.remap: {{"{begin}*": "*"}}'
+    ends = {each.removesuffix(name) for each in missing[:_MOST_NAMED] for name in theirs if each.endswith(f".{name}")}
+    for begin in sorted(ends):
+        if 2 * sum(each.startswith(begin) and each.removeprefix(begin) in held for each in missing) > len(missing):
+            return f'\nMost of it is there without {begin[:-1]}: finetune.remap: {{"*": "{begin}*"}}'
+    return ""
 
 
 def _further(
     sources: Mapping[Key, Key], unused: Mapping[Key, str], prefix: str, expected: Sequence[str]
 ) -> Iterator[str]:
-    """Patterns of what a file has beside what was taken from it: in the same modules, further blocks, and adapters.
+    """Patterns of what a file has beside what was taken from it: more blocks, more in those and in modules, adapters.
 
     Args:
         sources: What was taken: for each tensor of the model, the file's.
@@ -275,38 +301,48 @@ def _further(
     taken = [name for _, name in sources]
     modules = {name.rpartition(".")[0] for name in taken} - {""}
     lists = {before for name in taken for before, _ in _numbered(name)}
-    blocks = {f"{before}.{number}" for name in taken for before, number in _numbered(name)}
+    blocks = {block for name in taken for _, block in _numbered(name)}
     for (_, own), name in unused.items():
-        if any(re.search(known, name) for known in expected):
+        if own.endswith(_NO_MATTER) or any(re.search(known, name) for known in expected):
             continue
         for here in (name, f"{prefix}.{name}") if prefix else (name,):
-            in_module = here.rpartition(".")[0] in modules and not here.endswith(_COUNTER)
-            if in_module or is_adapter(here):
+            numbered = list(_numbered(here))
+            further = next((block for before, block in numbered if before in lists and block not in blocks), None)
+            if further is not None:
+                rest = here.removeprefix(further)
+                yield own.removesuffix(rest) + ".*" if own.endswith(rest) else own
+            elif here.rpartition(".")[0] in modules or any(block in blocks for _, block in numbered):
                 yield own
-            for before, number in _numbered(here):
-                block = f"{before}.{number}"
-                if before in lists and block not in blocks:
-                    rest = here.removeprefix(block)
-                    yield own.removesuffix(rest) + ".*" if own.endswith(rest) else own
-                    break
+        if is_adapter(name):
+            yield own
 
 
 def _numbered(name: str) -> Iterator[tuple[str, str]]:
-    """Every list that a tensor lies in, and its number there."""
-    parts = name.split(".")
-    return ((".".join(parts[:place]), part) for place, part in enumerate(parts) if place and part.isdigit())
+    """Every list that a tensor lies in, and the block of it: `layers.3` of `layers.`, `layers_3` of `layers_`."""
+    parts = name.split(".")[:-1]
+    for place, part in enumerate(parts):
+        if place and part[-1:].isdigit():
+            block = ".".join(parts[: place + 1])
+            yield block.rstrip("0123456789"), block
 
 
-def _refuse_another(source: str, further: Iterable[str]) -> None:
+def _shortened(patterns: Sequence[str], taken: Set[str]) -> list[str]:
+    """One pattern for the same thing in many blocks, where it matches nothing that was taken."""
+    wide = {pattern: re.sub(r"(?<=\.)\d+(?=\.)", "*", pattern, count=1) for pattern in patterns}
+    wrong = {each for each in set(wide.values()) if any(fnmatch.fnmatchcase(name, each) for name in taken)}
+    return list(dict.fromkeys(pattern if wide[pattern] in wrong else wide[pattern] for pattern in patterns))
+
+
+def _refuse_another(source: str, patterns: Sequence[str]) -> None:
     """Stop where the file is of a model that has more."""
-    patterns = list(dict.fromkeys(further))
     if patterns:
         raise StateError(
             f"{source} is of a model that has more in what this one takes from it: {shown(patterns)}",
             where="finetune.init_from",
+            # All of them: whoever takes the list over is not asked again.
             remedy="build the model that the file is of; or, to leave them out: finetune.ignore: ["
-            + ", ".join(f'"{pattern}"' for pattern in patterns[:_MOST_NAMED])
-            + (", …]" if len(patterns) > _MOST_NAMED else "]"),
+            + ", ".join(f'"{pattern}"' for pattern in patterns)
+            + "]",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,58 @@ def test_a_new_head_is_declared(place: Path) -> None:
     assert report["new"] == ["classifier.weight", "classifier.bias"]
     assert report["remapped"]["bert.pooler.dense.weight"] == "pooler.dense.weight"
     assert report["ignored"] == []
+
+
+def test_weights_of_a_folder_that_says_something_else(place: Path, tmp_path: Path) -> None:
+    """Heads are in no tensor's shape: the weights would fit, and compute something else."""
+    shutil.copytree(place / "llama", other := tmp_path / "other")
+    described = json.loads((other / "config.json").read_text())
+    described |= {"num_attention_heads": 2 * described["num_attention_heads"], "head_dim": described["head_dim"] // 2}
+    described |= {"num_key_value_heads": 2 * described["num_key_value_heads"]}
+    (other / "config.json").write_text(json.dumps(described))
+    settings = made.run_file(place, place / "llama", run={"name": "other", "dir": str(tmp_path / "runs")})
+    settings["finetune"] = {**settings.get("finetune", {}), "init_from": str(other)}
+    with pytest.raises(StateError, match=r"num_attention_heads is \d there and \d here") as caught:
+        bigtrain.train(settings, ["train.steps=1"])
+    assert caught.value.remedy.startswith("say what is meant: model.args.config: {num_attention_heads: …")
+    assert not (tmp_path / "runs").exists()
+    own = json.loads((place / "llama" / "config.json").read_text())
+    keys = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    settings["model"] = {**settings["model"], "args": {"config": {key: own[key] for key in keys}}}
+    bigtrain.train(settings, ["train.steps=1"])
+
+
+def test_names_that_the_first_berts_have(place: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(place / "bert", old := tmp_path / "bert")
+    (old / "model.safetensors.index.json").unlink()
+    weights = {}
+    for shard in old.glob("*.safetensors"):
+        weights |= load_file(shard)
+        shard.unlink()
+    for ours, theirs in {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}.items():
+        weights = {name.replace(ours, theirs): tensor for name, tensor in weights.items()}
+    assert any(name.endswith("gamma") for name in weights)
+    save_file(weights, old / "model.safetensors")
+    losses = []
+    for name, folder in (("new", place / "bert"), ("old", old)):
+        settings = made.run_file(place, folder, run={"name": name, "dir": str(tmp_path)}, optim={"lr": 0.0})
+        losses.append(bigtrain.train(settings, ["train.steps=1"]).evaluation["loss"])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_an_adapters_folder_is_no_model(place: Path, tmp_path: Path) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(place / "llama")
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    settings = made.run_file(place, place / "llama", run={"name": "adapter", "dir": str(tmp_path / "runs")})
+    settings["finetune"] = {**settings.get("finetune", {}), "init_from": str(tmp_path / "adapter")}
+    with pytest.raises(CheckpointError, match="holds an adapter of peft, and not the model"):
+        bigtrain.train(settings)
 
 
 def test_another_number_of_classes_replaces_the_head(place: Path) -> None:

@@ -341,6 +341,12 @@ def test_an_adapter_starts_from_another(place: Path, tmp_path: Path) -> None:
     second = bigtrain.train(settings)
     expected = first.model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in second.model.state_dict().items())
+    settings["finetune"]["adapter"] |= {"alpha": 2 * (alpha := settings["finetune"]["adapter"]["alpha"])}
+    settings["run"]["name"] = "scaled"
+    with pytest.raises(StateError, match=f"was trained with alpha {alpha}, and this run has {2 * alpha}"):
+        bigtrain.train(settings)
+    another = settings["finetune"] | {"ignore": ["*.lora_*"], "new": ["*.lora_*"]}
+    bigtrain.train(settings | {"finetune": another})
     del settings["finetune"]["adapter"]
     settings["run"]["name"] = "three"
     with pytest.raises(StateError, match="holds an adapter, and this run has none"):

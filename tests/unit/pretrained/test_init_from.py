@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -224,8 +225,8 @@ class Instance(nn.Module):
     ("here", "further", "ignore"),
     [
         ({"depth": 1}, '"blocks.1.*"]', ["blocks.1.*"]),
-        ({"bias": False}, '"blocks.0.0.bias", "blocks.1.0.bias"]', ["*.0.bias"]),
-        ({"norm": Instance}, '"blocks.0.1.running_mean", "blocks.0.1.running_var", "blocks.1', ["*.running_*"]),
+        ({"bias": False}, '"blocks.*.0.bias"]', ["*.0.bias"]),
+        ({"norm": Instance}, '"blocks.*.1.running_mean", "blocks.*.1.running_var"]', ["*.running_*"]),
     ],
 )
 def test_a_file_of_a_model_that_has_more_is_refused(tmp_path, here, further, ignore):
@@ -243,6 +244,78 @@ def test_a_file_of_a_model_that_has_more_is_refused(tmp_path, here, further, ign
     held, report = begun(tmp_path, model=model, init_from=str(path), ignore=ignore)
     assert_begun_with(held, {name: tensor for name, tensor in weights.items() if name in held})
     assert set(report["ignored"]) == set(weights) - set(held)
+
+
+def _declared(error):
+    return json.loads(error.remedy.partition("finetune.ignore: ")[2])
+
+
+def test_the_list_to_ignore_is_whole_and_can_be_taken_over(tmp_path):
+    """Of a file with many more blocks, and with a module that the model has not in the blocks that both have."""
+    weights = Deep(depth=16).state_dict()
+    weights |= {f"blocks.{number}.gate.weight": torch.ones(4) for number in range(16)}
+    weights |= {"blocks.0.0.rotary_emb.inv_freq": torch.ones(2), "blocks.0.position_ids": torch.ones(2)}
+    save_file(weights, path := tmp_path / "weights.safetensors")
+    with pytest.raises(StateError) as caught:
+        begun(tmp_path, model=Deep, init_from=str(path))
+    declared = _declared(caught.value)
+    assert set(declared) == {"blocks.*.gate.weight", *(f"blocks.{number}.*" for number in range(2, 16))}
+    held, _ = begun(tmp_path, model=Deep, init_from=str(path), ignore=declared)
+    assert_begun_with(held, {name: tensor for name, tensor in weights.items() if name in held})
+
+
+def test_blocks_that_have_names_with_numbers(tmp_path):
+    """As torchvision's encoder_layer_11 and denselayer24."""
+
+    def named(weights):
+        return {re.sub(r"^blocks\.(\d)", r"body.layer_\1", name): tensor for name, tensor in weights.items()}
+
+    save_file(named(Deep().state_dict()), path := tmp_path / "weights.safetensors")
+    remap = {"body.layer_*": "body.blocks.block*"}
+
+    class Named(nn.Module):
+        def __init__(self, classes=3):
+            super().__init__()
+            deep = Deep(classes, depth=1)
+            self.body = nn.ModuleDict({"blocks": nn.ModuleDict({"block0": deep.blocks[0]})})
+            self.head = deep.head
+
+        def forward(self, x):
+            return self.head(self.body["blocks"]["block0"](x))
+
+    with pytest.raises(StateError) as caught:
+        begun(tmp_path, model=Named, init_from=str(path), remap=remap)
+    assert _declared(caught.value) == ["body.layer_1.*"]
+    begun(tmp_path, model=Named, init_from=str(path), remap=remap, ignore=["body.layer_1.*"])
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "said"),
+    [
+        ("module.", "", '{"module.*": "*"}'),
+        ("", "body.", '{"*": "body.*"}'),
+    ],
+)
+def test_a_file_with_all_names_below_another_is_told_with_what_to_declare(tmp_path, weights, theirs, ours, said):
+    weights = {f"{theirs}{name}": tensor for name, tensor in weights.items()}
+    save_file(weights, path := tmp_path / "weights.safetensors")
+
+    class Below(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Net()
+
+        def forward(self, x):
+            return self.body(x)
+
+    def model(classes):
+        return Below() if ours else Net(classes)
+
+    with pytest.raises(StateError) as caught:
+        begun(tmp_path, model=model, init_from=str(path))
+    assert caught.value.remedy.endswith(f"finetune.remap: {said}")
+    _, report = begun(tmp_path, model=model, init_from=str(path), remap=json.loads(said))
+    assert report["coverage"] == 1.0
 
 
 def test_a_head_of_another_kind_and_modules_of_its_own_are_the_files_business(tmp_path):
@@ -275,6 +348,16 @@ def test_bad_files_are_named_and_nothing_is_made(tmp_path, weights, capsys):
         assert str(tmp_path / name) in str(caught.value)
     assert "run\n" not in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_checkpoint_of_a_gpt_with_other_heads(tmp_path):
+    """Heads are in no tensor's shape: the weights would fit, and compute something else."""
+    first = bigtrain.train(gpt_config(tmp_path, train={"steps": 1}))
+    settings = gpt_config(tmp_path, finetune={"init_from": str(first.path)})
+    settings["run"]["name"] = "second"
+    settings["model"]["args"] |= {"heads": 1}
+    with pytest.raises(StateError, match="heads is 2 there and 1 here"):
+        bigtrain.train(settings)
 
 
 def test_a_resumed_run_asks_for_no_weights(tmp_path):
@@ -358,7 +441,10 @@ def test_a_sharded_folder_of_hugging_face(tmp_path):
     settings["model"]["args"] |= {"tied": False, "dropout": 0.0}
     with pytest.raises(StateError, match="norm_eps is 1e-06 there and 1e-05 here"):
         bigtrain.train(settings)
-    settings["model"]["args"] |= {"norm_eps": 1e-6}
+    settings["model"]["args"] |= {"norm_eps": 1e-6, "tied": True}
+    with pytest.raises(StateError, match="tied is False there and True here"):
+        bigtrain.train(settings)
+    settings["model"]["args"] |= {"tied": False}
     model = bigtrain.train(settings).model.eval()
     tokens = torch.randint(257, (3, 4))
     with torch.no_grad():
