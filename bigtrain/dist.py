@@ -7,17 +7,27 @@ torchrun sets them. Without them this is a world of one.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bigtrain.errors import SetupError
+
+
+class Passenger(Protocol):
+    """Numbers that travel with the sums of a step: a message of their own would cost as much as those do."""
+
+    def numbers(self) -> Sequence[float]:
+        """This rank's; as many on every rank."""
+
+    def hear(self, sums: Sequence[float]) -> None:
+        """Take their sums over all ranks."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,7 @@ class World:
         local_rank: This process's number on its machine.
         device: Where this rank computes.
         group: All ranks, for tensors on `device` and on the host; None in a world of one that needs none.
+        aboard: Who travels with the sums of the next step, the same on all ranks.
     """
 
     rank: int = 0
@@ -37,6 +48,7 @@ class World:
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     group: dist.ProcessGroup | None = None
+    aboard: list[Passenger] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -58,6 +70,29 @@ class World:
             return lambda: None
         work = dist.all_reduce(tensor, group=self.group, async_op=True)
         return work.wait
+
+    def sum_of_step(self, sums: Tensor) -> Tensor:
+        """Sum the numbers of a step, (n,), over all ranks, in place, and those of who is aboard; every rank must."""
+        self.start_sum_of_step(sums)()
+        return sums
+
+    def start_sum_of_step(self, sums: Tensor) -> Callable[[], object]:
+        """The same while something else is done: call what is returned to wait for it."""
+        aboard, self.aboard[:] = list(self.aboard), []
+        if self.size == 1 or not aboard or sums.device.type != "cpu":  # nobody may wait for what a GPU knows
+            return self.start_all_reduce(sums)
+        own = [passenger.numbers() for passenger in aboard]
+        together = torch.cat((sums, *(sums.new_tensor(numbers) for numbers in own)))
+        wait = self.start_all_reduce(together)
+
+        def land() -> None:
+            wait()
+            sums.copy_(together[: len(sums)])
+            heard = iter(together[len(sums) :].tolist())
+            for passenger, numbers in zip(aboard, own, strict=True):
+                passenger.hear([next(heard) for _ in numbers])
+
+        return land
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's value, by rank. Every rank must call it."""

@@ -232,6 +232,7 @@ class Loop:
         self._note(TRAINING)
         microbatches = [self._move(batch) for batch in data.microbatches]
         lr_scale = self._schedule(self.outcome.steps)
+        self._world.aboard[:] = [self._agreement]
         result = train_step(self._engine, self._watched, microbatches, lr_scale, self._wait_for_copy)
         self._raise_if(self._watch.observe(self.outcome.steps, result.skipped, microbatches))
         self.outcome.steps += 1

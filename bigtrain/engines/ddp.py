@@ -58,7 +58,7 @@ class DDPEngine(TorchEngine):
 
     def _reduce(self, sums: Tensor) -> Tensor:
         # The gradient is the same on every rank already; loss and count are not.
-        self._world.all_reduce(sums[1:])
+        self._world.sum_of_step(sums[1:])
         return sums
 
 

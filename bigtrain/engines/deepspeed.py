@@ -52,7 +52,7 @@ class StageZeroEngine(TorchEngine):
 
     def _reduce(self, sums: Tensor) -> Tensor:
         # The gradient is the same on every rank already; loss and count are not.
-        self._world.all_reduce(sums[1:])
+        self._world.sum_of_step(sums[1:])
         return sums
 
     def _run_optimizer(self) -> None:
@@ -106,7 +106,7 @@ class ZeroEngine:
             self._read_weights(MemoryReader({(WEIGHT, name): tensor for name, tensor in exact.items()}, {}))
         if has_masters or choices.fill:
             self._write_through()
-        self._sums = EarlySums(world.device, world.start_all_reduce)
+        self._sums = EarlySums(world.device, world.start_sum_of_step)
         self._is_last = True
         self._parts = _Participation(model)
 

@@ -160,7 +160,7 @@ class FSDPEngine(TorchEngine):
             ) from cause
 
     def _reduce(self, sums: Tensor) -> Tensor:
-        return self._world.all_reduce(sums)
+        return self._world.sum_of_step(sums)
 
     def _communicating(self, *, last: bool) -> AbstractContextManager[Any]:
         # Gradients are sharded in every microbatch, so that they never lie whole; replicas are summed in the last.

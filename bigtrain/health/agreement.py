@@ -1,12 +1,12 @@
-"""What ranks must agree on, in one small reduction a step that nobody waits for.
+"""What ranks must agree on, with the sums of a step on a CPU, in one small reduction that nobody waits for on a GPU.
 
-A rank that wants something of all (stop, say) posts it at step k; every rank acts on it at step k + 1, so that none
-leaves while others wait in a collective.
+A rank that wants something of all (stop, say) says so in step k; every rank acts on it at the end of the same step, at
+the latest of step k + 1, so that none leaves while others wait in a collective.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,6 +52,7 @@ class Agreement:
         self._save = False
         self._flags = torch.zeros(2, dtype=torch.int32)
         self._work: dist.Work | None = None
+        self._heard: Agreed | None = None
 
     def wish_to_stop(self, *, again: bool = False) -> None:
         """Ask all ranks to stop, for good or to be started again. Safe in a signal handler."""
@@ -61,8 +62,24 @@ class Agreement:
         """Ask all ranks to save a checkpoint. Safe in a signal handler."""
         self._save = True
 
+    def numbers(self) -> tuple[float, ...]:
+        """This rank's wishes, to travel with the sums of a step: as counts, which can be summed."""
+        save, self._save = self._save, False
+        return float(self._stop == _AGAIN), float(self._stop == _LEAVE), float(save)
+
+    def hear(self, sums: Sequence[float]) -> None:
+        """Take what came of them: how many ranks wish it."""
+        again, leave, save = sums
+        self._heard = Agreed(bool(again or leave), bool(save), bool(again) and not leave)
+
     def decide(self) -> Agreed:
-        """Post this rank's wishes and return what all ranks agreed on a step ago. Every rank calls it once a step."""
+        """What all ranks agreed on. Every rank calls it once a step.
+
+        Where no sums of a step have told it, wishes are posted now, and what was posted a step ago is returned.
+        """
+        if self._heard is not None:
+            agreed, self._heard = self._heard, None
+            return agreed
         wishes = (self._stop, self._save)
         self._save = False
         if self._world.size == 1:
