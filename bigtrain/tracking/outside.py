@@ -7,9 +7,10 @@ killed, the other process sees the pipe end, writes what it has, and leaves.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -30,6 +31,9 @@ _MOST_WAITING = 20_000
 _SECONDS_BETWEEN = 0.5
 # How long the end of a run may wait for trackers, and when the user is told that it does.
 _SECONDS_TO_CLOSE, _SECONDS_TO_TELL = 28.0, 4.0
+# What the pipe holds, where the system lets us say so (1 MiB is Linux's most without rights): a row of histograms is
+# megabytes, and of what the pipe does not hold, only as much goes on with each row that follows.
+_PIPE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,9 @@ class Outside:
         self._in, self._out = self._process.stdin.fileno(), self._process.stdout.fileno()
         os.set_blocking(self._in, False)
         os.set_blocking(self._out, False)
+        if hasattr(fcntl, "F_SETPIPE_SZ"):
+            with suppress(OSError):
+                fcntl.fcntl(self._in, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Hand a row over, or keep it until it can be."""
@@ -112,8 +119,7 @@ class Outside:
         self._waiting.append(to_line({"close": True}))
         until, told_at = time.monotonic() + self._seconds_to_close, time.monotonic() + _SECONDS_TO_TELL
         while self._process is not None and not self._is_done and (left := until - time.monotonic()) > 0:
-            writing = [self._in] if self._waiting else []
-            select.select([self._out], writing, [], min(left, 0.1))
+            self._await(min(left, 0.1))
             self._pass_on()
             self._listen()
             if time.monotonic() > told_at:
@@ -123,6 +129,14 @@ class Outside:
             if not self._is_done:
                 self._say(f"warning: {self._names} did not end in time; their process was ended")
             self._end()
+
+    def _await(self, seconds: float) -> None:
+        """Wait so long at most for an answer, and for room in the pipe where something waits for it."""
+        with selectors.DefaultSelector() as ready:
+            ready.register(self._out, selectors.EVENT_READ)
+            if self._waiting:
+                ready.register(self._in, selectors.EVENT_WRITE)
+            ready.select(seconds)
 
     def _pass_on(self) -> None:
         """Write what the pipe takes."""

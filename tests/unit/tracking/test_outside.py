@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,37 @@ def test_what_they_print_goes_to_the_log(folder: Path, capfd: pytest.CaptureFixt
     assert (folder / "log").stat().st_size == 20 * 200_001
 
 
+def test_rows_of_megabytes_do_not_hold_up_those_that_follow(folder: Path) -> None:
+    said: list[str] = []
+    outside = start(folder, "Kind", said=said)
+    rows = [{"step": 0, "histograms": "x" * 5_000_000}, *({"step": step} for step in range(1, 12))]
+    for row in rows:
+        outside.log(row)
+        time.sleep(0.05)  # a step
+    wait_until(lambda: (folder / "Kind0").exists() and len(kept(folder / "Kind0")) > 0, 10)
+    for step in range(12, 20):
+        outside.log({"step": step})
+        time.sleep(0.15)
+    wait_until(lambda: len(kept(folder / "Kind0")) == 20, 10)
+    outside.close()
+    assert said == []
+
+
+def test_a_process_with_thousands_of_files_closes_as_any(folder: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200) if hard < 0 else min(max(soft, 1200), hard), hard))
+    said: list[str] = []
+    with ExitStack() as files:
+        for _ in range(1100):
+            files.enter_context(open(os.devnull))
+        outside = start(folder, "Kind", said=said)
+        outside.log({"step": 1})
+        outside.close()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(kept(folder / "Kind0")) == 2
+    assert said == []
+
+
 @pytest.mark.parametrize(
     ("temper", "words"),
     [
@@ -149,7 +182,7 @@ def test_one_that_hangs_holds_nobody_up(folder: Path) -> None:
     longest = 0.0
     for step in range(25_000):
         began = time.perf_counter()
-        outside.log({"step": step, "loss": 0.5})
+        outside.log({"step": step, "loss": 0.5, "note": "x" * 300})
         longest = max(longest, time.perf_counter() - began)
     assert longest < 0.5  # other processes take the processor, too
     assert said == ["warning: Hanging cannot keep up, and rows are left out; metrics.jsonl has them all"]
