@@ -12,13 +12,15 @@ from typing import Any
 
 import yaml
 
+from bigtrain import lease
 from bigtrain.config.keys import all_keys, show
 from bigtrain.failures import read_errors
 from bigtrain.metrics import is_better_when_small
 from bigtrain.report.words import count, escape, moment, num_bytes, number, seconds
 from bigtrain.tracking.reading import RunRecord
 
-_LIVE_SECONDS = 120.0  # a run that has written nothing for so long is not running
+# A run without a lease (its folder is a copy, say) that has written nothing for so long is not running.
+_LIVE_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class State:
     """How a run stands.
 
     Attributes:
-        word: finished, failed, running or stopped.
+        word: finished, failed, running, stopped or broken off.
         error: What it failed of.
     """
 
@@ -35,7 +37,7 @@ class State:
 
 
 def state_of(run: RunRecord) -> State:
-    """Whether a run has finished, failed, was stopped, or goes on."""
+    """Whether a run has finished, failed, was stopped or broken off, or goes on."""
     if run.is_finished:
         return State("finished")
     if run.events and run.events[-1]["event"] == "stop":
@@ -50,8 +52,13 @@ def state_of(run: RunRecord) -> State:
         return State("failed", f"rank {first.rank}, {step}: {first.type}: {first.message}{place}{remedy}")
     if run.events and run.events[-1]["event"] == "failure":
         return State("failed", f"after step {run.events[-1]['step']}: {run.events[-1].get('text', '')}")
-    written = _written_at(run.path / "metrics.jsonl")
-    return State("running" if time.time() - written < _LIVE_SECONDS else "stopped")
+    return State("running" if _is_live(run.path) else "broken off")
+
+
+def _is_live(folder: Path) -> bool:
+    if lease.read(folder) is not None:
+        return lease.live_holder(folder) is not None
+    return time.time() - _written_at(folder / "metrics.jsonl") < _LIVE_SECONDS
 
 
 def _written_at(path: Path) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bigtrain import lease
 from bigtrain.failures import write_error
 from bigtrain.report import report, write_report
 from bigtrain.report.comparison import compare
@@ -129,7 +130,12 @@ def test_states(tmp_path: Path) -> None:
     assert Page(report(load_run(folder))).count("span", "running") == 1
     long_ago = time.time() - 1000
     os.utime(folder / "metrics.jsonl", (long_ago, long_ago))
-    assert Page(report(load_run(folder))).count("span", "stopped") == 1
+    assert Page(report(load_run(folder))).count("span", "broken") == 1
+    lease.take(folder, 0)  # this process stands for it, however seldom it logs
+    assert Page(report(load_run(folder))).count("span", "running") == 1
+    os.utime(folder / "metrics.jsonl")
+    lease.drop(folder, 0)
+    assert Page(report(load_run(folder))).count("span", "broken") == 1
     attempt = folder / "attempts" / "0"
     attempt.mkdir(parents=True)
     write_error(attempt, 1, 99, ValueError("the <b>cause</b>"))
