@@ -40,6 +40,17 @@ def leave_terminal() -> None:
             print_nowhere(number)
 
 
+def print_line(text: str, number: int = 1) -> None:
+    """Print a line now, on standard output or on 2, standard error.
+
+    Where that has gone, a pipe that nobody reads or a full disk, nothing is printed there from now on.
+    """
+    try:
+        print(text, file=sys.stderr if number == 2 else sys.stdout, flush=True)
+    except OSError:
+        print_nowhere(number)  # what is left in the buffer would fail again at the end
+
+
 def print_nowhere(number: int) -> None:
     """Let what is written to an open file go nowhere."""
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -19,10 +19,11 @@ from bigtrain.beats import AGAIN
 from bigtrain.config.loader import load
 from bigtrain.config.schema import Config
 from bigtrain.starting import allowed_for
+from bigtrain.terminal import print_line
 from launchers.plan import LaunchPlan, make_plan
 from launchers.profiles import Profile
 from launchers.steps import StepStarter, ask
-from launchers.supervise import Supervisor, is_finished, say
+from launchers.supervise import Supervisor, is_finished
 
 # How long the scheduler may take to end a job that was given back to it.
 _REQUEUE_S = 60
@@ -73,7 +74,7 @@ def run_in_allocation(config: Config, plan: LaunchPlan, profile: Profile, made: 
     job = os.environ["SLURM_JOB_ID"]
     os.environ[runs.OWNER_VARIABLE] = f"job {job}"
     if made is not None and is_finished(made) and not allowed_for(config).finished:
-        say(f"the run is finished: {made.parent.parent}")
+        print_line(f"the run is finished: {made.parent.parent}")
         return 0
 
     def claim() -> Path:
@@ -85,9 +86,9 @@ def run_in_allocation(config: Config, plan: LaunchPlan, profile: Profile, made: 
     place = {"job": job, "start_of_job": os.environ.get("SLURM_RESTART_COUNT", "0")}
     code = Supervisor(plan, StepStarter(plan, profile), claim, place=place, again=False).run()
     if code == AGAIN:
-        say(f"the state is saved: giving job {job} back to the scheduler")
+        print_line(f"the state is saved: giving job {job} back to the scheduler")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         said = ask("scontrol", "requeue", job)
         time.sleep(_REQUEUE_S)  # the scheduler ends this process
-        say(f"the scheduler did not take the job back {said}: start it again to go on")
+        print_line(f"the scheduler did not take the job back {said}: start it again to go on")
     return code

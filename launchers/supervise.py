@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
@@ -23,7 +22,7 @@ from bigtrain.beats import AGAIN, WATCH_VARIABLE, read_step, step_file
 from bigtrain.errors import UserError
 from bigtrain.failures import read_errors
 from bigtrain.runs import ATTEMPT_VARIABLE, give_back, read_json, write_atomically
-from bigtrain.terminal import leave_terminal
+from bigtrain.terminal import leave_terminal, print_line
 from launchers import hangs
 from launchers.causes import Cause, find_cause
 from launchers.plan import LaunchPlan
@@ -139,7 +138,7 @@ class Supervisor:
                 "PYTHONUNBUFFERED": "1",
             }
             count = f"{plan.num_processes} process{'es' if plan.num_processes > 1 else ''}"
-            say(f"starting {count}; logs are in {attempt / 'logs'}")
+            print_line(f"starting {count}; logs are in {attempt / 'logs'}")
             ranks = self._starter.start(attempt, environment)
             try:
                 code, hung = self._watch(ranks, watch, attempt)
@@ -209,12 +208,11 @@ class Supervisor:
 
     def _goes_on(self, end: End, cause: Cause | None) -> bool:
         """Whether there is to be another attempt; where not, the cause is the last thing on the screen."""
-        sys.stdout.flush()
         if end.outcome in (FINISHED, STOPPED):
             if cause is not None:
-                print(f"\n{cause.text}", file=sys.stderr, flush=True)
+                print_line(f"\n{cause.text}", 2)
             elif end.outcome == STOPPED and not end.at_step and end.step < 0:
-                say("stopped before the first step; there was nothing to save")  # else rank 0 says what it saved
+                print_line("stopped before the first step; there was nothing to save")  # else rank 0 says what it saved
             return False
         may_pass = cause is None or cause.may_pass
         reason = None
@@ -224,7 +222,7 @@ class Supervisor:
             reason = f"{end.fruitless} starts in a row without a new checkpoint (launch.max_restarts): given up"
         for text in (reason, cause.text if cause else None):
             if text is not None:
-                print(f"\n{text}", file=sys.stderr, flush=True)
+                print_line(f"\n{text}", 2)
         return may_pass and reason is None and end.fruitless <= self._plan.max_restarts
 
     def _pause(self, end: End) -> None:
@@ -232,7 +230,7 @@ class Supervisor:
         where = f"from step {end.step}" if end.step >= 0 else "from the beginning"
         pause = min(2.0 ** (end.fruitless - 2), _LONGEST_PAUSE_S) if end.fruitless > 1 else 0.0
         count = f", {end.fruitless} of {self._plan.max_restarts} without a new checkpoint" if end.fruitless else ""
-        say(f"starting again {where}{count}" + (f", in {pause:.0f} s" if pause else ""))
+        print_line(f"starting again {where}{count}" + (f", in {pause:.0f} s" if pause else ""))
         deadline = time.monotonic() + pause
         while time.monotonic() < deadline and self._interrupt.number is None:
             time.sleep(_POLL_S)
@@ -243,7 +241,7 @@ class Supervisor:
             f"rank {seen.rank} on {seen.beat.host} is slow: by itself it takes {seen.beat.own_ms:.0f} ms a step, "
             f"the others {usual_ms:.0f} ms (step {seen.beat.step})"
         )
-        say(f"straggler: {text}")
+        print_line(f"straggler: {text}")
         with suppress(OSError), (attempt / "stragglers.txt").open("a") as file:
             file.write(text + "\n")
 
@@ -283,11 +281,6 @@ class _Interrupt:
             self._deadline = time.monotonic() + SHORT_WAIT_S
         else:
             self._deadline = time.monotonic()
-
-
-def say(text: str) -> None:
-    """A line on the terminal, or in a job's log."""
-    print(text, flush=True)
 
 
 # ---- what is noted in the run folder, and read by `bigtrain runs` ----------

@@ -72,8 +72,13 @@ class Working:
     def _work(self) -> None:
         try:
             tracker = self._make()
-            while (row := self._rows.get()) is not None:
-                tracker.log(row)
+            try:
+                while (row := self._rows.get()) is not None:
+                    tracker.log(row)
+            except BaseException:
+                with suppress(BaseException):  # what it has may be saved all the same
+                    tracker.close()
+                raise
             tracker.close()
         except BaseException as error:  # a library may even raise SystemExit
             self._is_dead = True

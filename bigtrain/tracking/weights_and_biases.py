@@ -53,6 +53,10 @@ def _tags_of_starts(folder: Path) -> list[str]:
     return found
 
 
+def _said(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 def _forget() -> None:
     """End wandb's own process, in which a run that could not begin is still in use."""
     import wandb
@@ -99,6 +103,7 @@ class WeightsAndBiases:
         precision = run.config.get("precision", "fp32")
         self._tags = [*tags, *_tags_of_starts(self._folder), run.engine, f"world-{run.world_size}", str(precision)]
         self._rollbacks = sum(row["event"] == "rollback" for row in read_events(self._folder))
+        self._has_complained = False
         self._is_online = wandb_files.is_online(mode)
         self._run = self._start()
         self._sent = self._already_sent()
@@ -112,7 +117,7 @@ class WeightsAndBiases:
         try:
             return self._init(run_id, "online")
         except Exception as error:
-            said = str(error).strip().partition("\n")[0]
+            said = _said(error)
             _forget()
             if "deleted" in said:
                 fresh = new_id(self._folder)
@@ -210,20 +215,24 @@ class WeightsAndBiases:
             self._run.log({"train/rollbacks": self._rollbacks, STEP: self._sent[0]})
             self._run.tags = (*(self._run.tags or ()), "rolled-back")
         if row["event"] == "checkpoint" and row.get("path"):
-            import wandb
+            self._checkpoint(row["step"], Path(row["path"]).absolute())
 
-            artifact = wandb.Artifact(f"checkpoint-{self._run.id}", type="checkpoint", metadata={"step": row["step"]})
-            path = Path(row["path"]).absolute()
-            try:
-                if self._uploads:
-                    artifact.add_dir(str(path))
-                else:
-                    artifact.add_reference(path.as_uri(), name=path.name, checksum=False)
-            except (OSError, ValueError):
-                if not path.exists():  # removed since (checkpoint.keep): this process comes after the training
-                    return
-                raise
-            self._run.log_artifact(artifact, aliases=[f"step-{row['step']}"])
+    def _checkpoint(self, step: int, path: Path) -> None:
+        """Tell W&B of a checkpoint. Unlike for rows, wandb waits for its server here; curves go on where that fails."""
+        import wandb
+
+        artifact = wandb.Artifact(f"checkpoint-{self._run.id}", type="checkpoint", metadata={"step": step})
+        try:
+            if self._uploads:
+                artifact.add_dir(str(path))
+            else:
+                artifact.add_reference(path.as_uri(), name=path.name, checksum=False)
+            self._run.log_artifact(artifact, aliases=[f"step-{step}"])
+        except Exception as error:
+            # Where it is gone, it was removed since (checkpoint.keep): this process comes after the training.
+            if path.exists() and not self._has_complained:
+                self._has_complained = True
+                self._say(f"warning: W&B did not take a checkpoint ({_said(error)}); its curves go on")
 
     def close(self) -> None:
         """Send what is left, and say how to send what could not be."""
@@ -231,7 +240,7 @@ class WeightsAndBiases:
         try:
             self._run.finish()
         except Exception as error:
-            self._say(f"warning: W&B did not take everything ({str(error).strip().partition(chr(10))[0]})")
+            self._say(f"warning: W&B did not take everything ({_said(error)})")
             self._is_online = False
         if self._is_online:
             wandb_files.mark_sent(self._folder, self._run.id)

@@ -35,6 +35,7 @@ class WandbServer:
     Attributes:
         mood: ok, refuse (403), hang, drop (closes the connection), or deleted (runs of known names are gone).
         runs: By id.
+        refused: Names of queries that are refused whatever the mood.
         requests: How many came.
     """
 
@@ -42,6 +43,7 @@ class WandbServer:
         self.mood = mood
         self.runs: dict[str, KeptRun] = {}
         self.deleted: set[str] = set()
+        self.refused: set[str] = set()
         self.requests = 0
         self.stopping = threading.Event()
         handler = type("Handler", (_Handler,), {"kept": self})
@@ -119,6 +121,12 @@ class WandbServer:
         files = [{"name": f, "uploadUrl": f"{self.url}/upload/{variables['run']}/{f}"} for f in variables["files"]]
         return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}
 
+    def on_Viewer(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"viewer": {"id": "v", "entity": "e", "username": "e", "flags": "{}", "teams": {"edges": []}}}
+
+    def on_ArtifactType(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"project": None}
+
     def on_CreateArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:
         for run in self.runs.values():
             run.artifacts.append(variables)
@@ -175,6 +183,9 @@ class _Handler(BaseHTTPRequestHandler):
             if "UpsertBucket" in sent["query"] and variables.get("name") in server.deleted:
                 text = f"run {variables['name']} was previously created and deleted; try a new run name"
                 self._send(409, {"errors": [{"message": text}]})
+                return
+            if any(name in sent["query"] for name in server.refused):
+                self._send(403, {"errors": [{"message": "permission denied"}]})
                 return
             self._send(200, server.answer(sent["query"], variables))
             return

@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from bigtrain.runs import read_json
 from tests.helpers.launching import (
     begin,
     bigtrain,
+    environment,
     last_step,
     left_over,
     numbers,
@@ -76,6 +78,21 @@ def test_a_dead_rank_is_named_and_the_run_goes_on(
     assert f"rank {rank}, after step " in done.stderr
     assert "starting again from " in done.stdout
     assert numbers(tmp_path / "runs/it") == whole
+
+
+@pytest.mark.parametrize("kind", ["a pipe that nobody reads", "a full disk"])
+def test_where_the_output_goes_nowhere_a_run_is_started_again_all_the_same(tmp_path: Path, kind: str) -> None:
+    plant(tmp_path, "killed", 1)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as full:
+        output = full if kind == "a full disk" else writer
+        command = [sys.executable, "-m", "bigtrain", "launch", str(run_file(tmp_path, plant=True)), "--nproc=2"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment(), stdout=output, stderr=output, timeout=120)
+    os.close(writer)
+    assert done.returncode == 0
+    assert end_of(tmp_path)["cause"] == "rank 1 was ended by SIGKILL"
+    assert end_of(tmp_path, 1)["outcome"] == "finished"
 
 
 def test_a_dead_rank_is_noticed_within_a_second(tmp_path: Path) -> None:

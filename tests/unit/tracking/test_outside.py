@@ -145,6 +145,7 @@ def test_one_that_fails_is_said_once_and_the_others_go_on(folder: Path, temper: 
     outside.close()
     assert len(said) == 1
     assert said[0].startswith(words)
+    assert kept(folder / f"{temper}0") == [{"closed": "mine", "after": ""}]  # what it has is not thrown away
     assert len(kept(folder / "Kind1")) == 101
 
 

@@ -298,6 +298,30 @@ def test_checkpoints_are_references(tmp_path: Path) -> None:
     assert not [p for p in (folder / "wandb").rglob("*") if p.is_file() and p.stat().st_size == 1000]
 
 
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_online_a_checkpoint_is_told_and_where_it_is_refused_the_curves_go_on(
+    tmp_path: Path, logged_in: WandbServer, is_refused: bool
+) -> None:
+    logged_in.refused = {"Viewer"} if is_refused else set()
+    folder = tmp_path / "it"
+    run = TrackedRun(str(folder), "it", CONFIG, "fsdp", 2, 0, os.getpid(), "")
+    paths = [folder / "checkpoints" / f"step-0000000{step}" for step in (3, 6)]
+    said: list[str] = []
+    for path in paths:
+        path.mkdir(parents=True)
+        (path / "shard").write_text(path.name)
+    outside = Outside([Spec("W&B", FACTORY, {"mode": "online"})], run, folder / "log", said.append)
+    for step in range(1, 10):
+        outside.log({"step": step, "epoch": 0, "loss": value(step)})
+        if step in (3, 6):
+            outside.log({"step": step, "event": "checkpoint", "path": str(paths[step // 3 - 1])})
+    outside.close()
+    assert logged_in.run().series("train/loss") == whole(9)
+    assert len(logged_in.run().artifacts) == (0 if is_refused else 2)
+    assert len([line for line in said if line.startswith("warning: W&B did not take a checkpoint")]) == is_refused
+    assert len(said) == 1 + is_refused  # and where the run is to be seen
+
+
 def test_a_checkpoint_that_is_gone_again_stops_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "it"
     gone, there = (folder / "checkpoints" / f"step-0000000{step}" for step in (5, 6))
