@@ -102,7 +102,7 @@ def live_holder(folder: Path, owner: str | None = None) -> str | None:
         return None
     words = f"process {lease.pid} on {lease.host}" + (f" ({lease.owner})" if lease.owner else "")
     if lease.host == socket.gethostname():
-        is_alive = Path(f"/proc/{lease.pid}").exists() if Path("/proc/self").exists() else _answers(lease.pid)
+        is_alive = _runs(lease.pid) if Path("/proc/self").exists() else _answers(lease.pid)
         is_same = lease.born is None or _born(lease.pid) == lease.born
         return words if is_alive and is_same else None
     try:
@@ -153,10 +153,22 @@ def renewed(folder: Path, attempt: int) -> Iterator[None]:
 
 def _born(pid: int) -> int | None:
     try:
-        # proc(5): the name in parentheses may hold anything; the start time is the 22nd field.
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        return int(_stat(pid)[19])  # the 22nd field
     except (OSError, ValueError, IndexError):
         return None
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there, and not dead with nobody who asks how it ended, as in containers without an init."""
+    try:
+        return _stat(pid)[0] not in ("Z", "X")  # the third field, its state
+    except (OSError, IndexError):
+        return False
+
+
+def _stat(pid: int) -> list[str]:
+    """What proc(5) says of a process from the third field on: the name before, in parentheses, may hold anything."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def _answers(pid: int) -> bool:

@@ -85,6 +85,7 @@ def evaluate(trained: Trained) -> Measured:
             remedy="name some: --data 'eval={name: image_folder, args: {root: …}}', or hold out a share: "
             "--data 'eval={split: 0.1}'",
         )
+    _check_classes(trained.kept.get("class_names"), class_names_of(sets))
     show_labels(trained.task, sets)
     check_model(trained, _first(sets.eval))
     size = trained.kept.get("world_size", 1)
@@ -95,6 +96,16 @@ def evaluate(trained: Trained) -> Measured:
     is_matrix = isinstance(matrix, Tensor) and matrix.ndim == 2
     classes = _by_class(matrix, class_names_of(sets)) if is_matrix else []  # type: ignore[arg-type]
     return Measured(evaluation[0].num_samples, numbers, classes, sets.fingerprint == trained.kept.get("fingerprint"))
+
+
+def _check_classes(known: list[str] | None, names: list[str] | None) -> None:
+    if known and names and known != names:
+        raise DataError(
+            f"the model knows the classes {', '.join(map(repr, known))}, and the data have "
+            f"{', '.join(map(repr, names))}",
+            where="data",
+            remedy="give data of the same classes, so that labels mean the same",
+        )
 
 
 def _first(samples: Dataset) -> Batch:

@@ -27,6 +27,7 @@ from bigtrain.engines.base import persistent_buffers
 from bigtrain.engines.casting import Casting
 from bigtrain.errors import CheckpointError, CombinationError
 from bigtrain.finetune.adapters import build_model
+from bigtrain.named import suggest
 from bigtrain.prepare import COMPUTE_DTYPES, DTYPES, seed_everything
 from bigtrain.protocols import Batch, Task
 from bigtrain.resuming import weights_of
@@ -89,6 +90,13 @@ def find_checkpoint(place: str | Path, folder: str | Path = "runs", *, best: boo
             return found[0]
     if checkpoints_of(path).is_dir():
         raise CheckpointError(f"the run {path} has no checkpoint yet", where=str(path), remedy="let it save one")
+    if not path.exists():
+        known = sorted(each.parent.name for each in Path(folder).glob("*/checkpoints"))
+        raise CheckpointError(
+            f"there is no run or checkpoint {place}",
+            where=str(Path(folder)),
+            remedy=suggest(str(place), known, "runs here") if known else "give the folder of all runs with --dir",
+        )
     return path
 
 

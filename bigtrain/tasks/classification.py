@@ -26,6 +26,7 @@ from bigtrain.tasks.tensors import at_least_fp32, describe, mismatch, outputs, v
 # torch ignores the label -100 unless told otherwise; where the user ignores none, this one cannot come by
 # mistake.
 _NO_LABEL = -(2**62)
+_MOST_CLASSES = 20  # that a message names
 
 
 class Classification:
@@ -242,9 +243,10 @@ class Classification:
             names = [str(name) for name in getattr(dataset, "class_names", None) or range(there)]
             raise DataError(
                 f"the data have {there} classes and the model {known} outputs: the head does not know "
-                f"{', '.join(names[known : known + 3])}{' …' if there > known + 3 else ''}",
+                f"{', '.join(map(repr, names[known : known + 3]))}{' …' if there > known + 3 else ''}",
                 where="model.args.num_classes",
-                remedy=f"set model.args.num_classes={there}, or take data of fewer classes",
+                remedy=f"set model.args.num_classes={there}, or take data of fewer classes; theirs are:\n"
+                f"{', '.join(map(repr, names[:_MOST_CLASSES]))}{' …' if there > _MOST_CLASSES else ''}",
             )
 
     def _check_classes(self, num_outputs: int) -> None:

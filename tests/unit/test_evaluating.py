@@ -79,6 +79,19 @@ def test_eval_as_json_and_on_other_data(digits: Path) -> None:
     assert "confusion matrix" in other
 
 
+def test_data_of_other_classes_are_refused(digits: Path) -> None:
+    changes = ["data.args={size: 16, classes: [1, 2, 3, 4, 0]}"]
+    words = "the model knows the classes '0', '1', .* and the data have '1', '2'"
+    with opened(find_checkpoint(digits), changes) as trained, pytest.raises(DataError, match=words):
+        evaluate(trained)
+
+
+def test_a_run_that_there_is_not(digits: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no run or checkpoint digit ") as caught:
+        find_checkpoint("digit ", digits.parent)
+    assert caught.value.remedy == "did you mean digits?"
+
+
 def test_perplexity(gpt: Path) -> None:
     said = json.loads(command("eval", str(gpt), "--json", "--data", "eval={split: 0.5}"))
     assert said["metrics"]["perplexity"] == pytest.approx(np.exp(said["metrics"]["loss"]))
@@ -175,7 +188,7 @@ def test_what_cannot_be_opened(digits: Path, tmp_path: Path) -> None:
     for overrides, error, words in wrong:
         with pytest.raises(error, match=words), opened(find_checkpoint(digits), overrides):
             pass
-    with pytest.raises(CheckpointError, match="no checkpoint at"), opened(find_checkpoint(tmp_path / "gone")):
+    with pytest.raises(CheckpointError, match="no run or checkpoint"), opened(find_checkpoint(tmp_path / "gone")):
         pass
 
 

@@ -164,8 +164,9 @@ def test_another_number_of_classes_replaces_the_head(place: Path) -> None:
     made.write_rows(place / "four.jsonl", rows)
     settings = made.run_file(place, place / "bert", run={"name": "four", "dir": str(place / "runs")})
     settings["data"]["args"]["path"] = str(place / "four.jsonl")
-    with pytest.raises(DataError, match="4 classes and the model 3 outputs: the head does not know d"):
+    with pytest.raises(DataError, match="4 classes and the model 3 outputs: the head does not know 'd'") as caught:
         bigtrain.train(settings)
+    assert caught.value.remedy.endswith("'a', 'b', 'c', 'd'")
     settings["model"]["args"] = {"num_classes": 4}
     run = bigtrain.train(settings)
     assert json.loads((run.path / "init_report.json").read_text())["head"] == ["classifier", 3]

@@ -105,6 +105,17 @@ def test_a_live_run_is_in_use_until_its_process_is_gone(tmp_path):
     assert claim(tmp_path, "a").name == "1"
 
 
+def test_a_dead_process_that_nobody_asks_after_holds_nothing(tmp_path):
+    """As one that was killed in a container whose first process is no init: it stays in the table of processes."""
+    with subprocess.Popen([sys.executable, "-c", LIVES, tmp_path], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert f"process {process.pid}" in str(lease.live_holder(tmp_path / "a"))
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and still in the table
+        assert lease.live_holder(tmp_path / "a") is None
+        assert claim(tmp_path, "a").name == "1"
+
+
 @pytest.mark.parametrize("seconds", [-3600, 3600])
 def test_a_clock_that_is_wrong_ends_no_lease_and_keeps_none(tmp_path, monkeypatch, seconds):
     """What counts is the clock that stamps files, which all machines see."""
