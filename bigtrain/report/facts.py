@@ -17,7 +17,7 @@ from bigtrain.config.keys import all_keys, show
 from bigtrain.failures import read_errors
 from bigtrain.metrics import is_better_when_small
 from bigtrain.report.words import count, escape, moment, num_bytes, number, seconds
-from bigtrain.tracking.reading import RunRecord
+from bigtrain.tracking.reading import RunRecord, Series
 
 # A run without a lease (its folder is a copy, say) that has written nothing for so long is not running.
 _LIVE_SECONDS = 120.0
@@ -96,16 +96,15 @@ def tiles(run: RunRecord) -> str:
     if "train/loss" in metrics:
         shown.append(("training loss", number(float(metrics["loss"].values[-1])), f"at step {run.step:,}"))
     for name in [name for name in metrics if name.startswith("eval/")][:3]:
-        steps, values = metrics[name]
-        best = int(values.argmin() if is_better_when_small(name) else values.argmax())
         title = name.removeprefix("eval/").replace("_", " ")
         title = "eval loss" if title == "loss" else title
-        shown.append((title, number(float(values[-1])), f"best {number(float(values[best]))} at step {steps[best]:,}"))
+        shown.append((title, number(float(metrics[name].values[-1])), _best(name, metrics[name])))
     for name, title in (("tokens_per_s", "tokens/s"), ("samples_per_s", "samples/s")):
         if f"train/{name}" in metrics:
             values = metrics[name].values
-            median = sorted(values.tolist())[len(values) // 2]
-            shown.append((title, number(round(median)), "median"))
+            finite = sorted(values[_finite(values)].tolist())
+            if finite:
+                shown.append((title, number(round(finite[len(finite) // 2])), "median"))
             break
     if "train/peak_memory_bytes" in metrics:
         shown.append(("peak memory", num_bytes(float(metrics["peak_memory_bytes"].values.max())), "of one process"))
@@ -122,6 +121,16 @@ def tiles(run: RunRecord) -> str:
         f'<div class="tile"><span>{escape(title)}</span><b>{escape(value)}</b><small>{escape(note)}</small></div>'
         for title, value, note in shown
     )
+
+
+def _best(name: str, series: Series) -> str:
+    """The best value that is a number, and its step; nothing where none is."""
+    is_number = _finite(series.values)
+    steps, values = series.steps[is_number], series.values[is_number]
+    if not len(values):
+        return ""
+    best = int(values.argmin() if is_better_when_small(name) else values.argmax())
+    return f"best {number(float(values[best]))} at step {steps[best]:,}"
 
 
 def trained_for(run: RunRecord) -> float:
@@ -244,7 +253,7 @@ def warnings_of(run: RunRecord) -> Iterator[str]:
     """What a reader should know before trusting the curves."""
     yield from run.problems
     metrics = run.metrics
-    for name in ("train/loss", "train/grad_norm"):
+    for name in ("train/loss", "train/grad_norm", *(name for name in metrics if name.startswith("eval/"))):
         if name in metrics:
             bad = int((~_finite(metrics[name].values)).sum())
             if bad:

@@ -198,3 +198,17 @@ def test_numbers_as_people_read_them() -> None:
     assert [seconds(v) for v in (0.0031, 2.5, 75, 3700, 100_000)] == [
         *("3.1 ms", "2.5 s", "1 min 15 s", "1 h 01 min", "1 d 3 h"),
     ]
+
+
+def test_what_is_not_a_number_is_never_the_best(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "it", steps=100)
+    (folder / "metrics.jsonl").write_text(
+        '{"step":10,"eval/loss":"nan","eval/accuracy":"nan","eval/r2":"nan"}\n'
+        '{"step":20,"eval/loss":0.5,"eval/accuracy":0.75,"eval/r2":"-inf","loss":1.0,"samples_per_s":"inf"}\n'
+        '{"step":30,"eval/loss":"inf","eval/accuracy":0.25,"eval/r2":"nan","loss":1.0,"samples_per_s":"inf"}\n'
+    )
+    text = Page(report(load_run(folder))).text
+    assert "best 0.5 at step 20" in text
+    assert "best 0.75 at step 20" in text
+    assert not any(f"best {word}" in text for word in ("nan", "inf", "-inf"))
+    assert "2 values of eval/loss not finite" in text
