@@ -10,6 +10,7 @@ from typing import Any
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bigtrain.tracking.base import TrackedRun
+from bigtrain.tracking.jsonl import MetricsFile
 from bigtrain.tracking.tensorboard import TensorBoard
 
 
@@ -49,6 +50,30 @@ def test_a_restart_replaces_the_steps_it_takes_again(tmp_path: Path) -> None:
     second.close()
     losses = read(tmp_path).Scalars("train/loss")
     assert [(e.step, e.value) for e in losses] == [(step, 1.0 if step < 11 else 2.0) for step in range(1, 21)]
+
+
+def test_what_was_not_written_before_a_kill_is_written_by_the_next_start(tmp_path: Path) -> None:
+    """As where a whole machine goes: TensorBoard's writer keeps rows for seconds."""
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    first = TensorBoard(TrackedRun(str(tmp_path), "it"))
+    evaluation = {"step": 10, "eval/accuracy": 0.75}
+    for step in range(1, 18):
+        metrics.log(row(step, 1.0))
+        if step <= 6:
+            first.log(row(step, 1.0))
+        if step == 10:
+            metrics.log(evaluation)
+    metrics.close()
+    first.close()
+    second = TensorBoard(TrackedRun(str(tmp_path), "it", step=12))
+    for step in range(13, 21):
+        second.log(row(step, 2.0))
+    second.close()
+    TensorBoard(TrackedRun(str(tmp_path), "it", step=20)).close()  # what is there is not written again
+    board = read(tmp_path)
+    losses = [(e.step, e.value) for e in board.Scalars("train/loss")]
+    assert losses == [(step, 1.0 if step < 13 else 2.0) for step in range(1, 21)]
+    assert [e.step for e in board.Scalars("eval/accuracy")] == [10]
 
 
 def test_steps_that_a_spike_undid_are_replaced(tmp_path: Path) -> None:
