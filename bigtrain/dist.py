@@ -73,13 +73,15 @@ class World:
 
     def sum_of_step(self, sums: Tensor) -> Tensor:
         """Sum the numbers of a step, (n,), over all ranks, in place, and those of who is aboard; every rank must."""
+        if sums.device.type != "cpu":  # what a GPU knows nobody may wait for: nobody is aboard
+            return self.all_reduce(sums)
         self.start_sum_of_step(sums)()
         return sums
 
     def start_sum_of_step(self, sums: Tensor) -> Callable[[], object]:
         """The same while something else is done: call what is returned to wait for it."""
         aboard, self.aboard[:] = list(self.aboard), []
-        if self.size == 1 or not aboard or sums.device.type != "cpu":  # nobody may wait for what a GPU knows
+        if self.size == 1 or not aboard or sums.device.type != "cpu":
             return self.start_all_reduce(sums)
         own = [passenger.numbers() for passenger in aboard]
         together = torch.cat((sums, *(sums.new_tensor(numbers) for numbers in own)))
