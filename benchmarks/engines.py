@@ -1,6 +1,6 @@
 """bigtrain's engines beside loops by hand on the bare libraries, and beside one another.
 
-    python benchmarks/engines.py [--rounds 6] [--steps 40] [--size small|medium]
+    python benchmarks/engines.py [--runs 3] [--rounds 6] [--steps 40] [--size small|medium]
 
 1. A small gpt on two gloo ranks with one thread each: the same model, data, AdamW, clipping, schedule and check for
    numbers that are not finite, by hand (`fully_shard`; DeepSpeed's own engine in stages 1 to 3) and with bigtrain.
@@ -8,7 +8,8 @@
 3. ddp, fsdp and deepspeed's stages with bigtrain, and what each holds for weights, gradients and optimizer state.
 
 All trainings of a row live in the same processes and take turns, so many steps each (A B B A); the tables show medians
-of the turns' medians, their spread, and the median of the ratio of neighbouring turns.
+of the turns' medians, their spread, and the median of the ratio of neighbouring turns. Where a training's tensors lie
+is worth some percent: so there are several runs, with new processes, and who is built first alternates.
 """
 
 from __future__ import annotations
@@ -158,6 +159,16 @@ def take_turns(candidates: list[tuple[str, str]], rounds: int, steps: int, size:
         return results
 
 
+def in_runs(candidates: list[tuple[str, str]], world_size: int, runs: int, *turns: Any) -> list[list[float]]:
+    """`take_turns` in new processes each time, every other time built in the opposite order."""
+    rounds = []
+    for number in range(runs):
+        way = 1 if number % 2 == 0 else -1
+        taken = run_ranks(take_turns, world_size, (candidates[::way], *turns), timeout_s=1200)[0]
+        rounds += [times[::way] for times in taken]
+    return rounds
+
+
 def timed(step: Callable[[], None], steps: int, world: World) -> float:
     """The median time of a step."""
     times = []
@@ -186,26 +197,25 @@ def held(engine: str, world_size: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--size", choices=SIZES, default="small")
     arguments = parser.parse_args()
-    turns = (arguments.rounds, arguments.steps, arguments.size)
+    turns = (arguments.runs, arguments.rounds, arguments.steps, arguments.size)
     ARGS.update(SIZES[arguments.size])
-    print(f"torch {torch.__version__}, {arguments.rounds} rounds of {arguments.steps} steps\n")
+    print(f"torch {torch.__version__}, {arguments.runs} runs of {arguments.rounds} rounds of {arguments.steps} steps\n")
     print("| | by hand, ms a step | bigtrain, ms a step | ratio, median (lowest to highest) |\n|---|---|---|---|")
     stages = ("deepspeed:1", "deepspeed:2", "deepspeed:3")
     for engine, world_size in (("auto", 1), ("fsdp", 2), *((stage, 2) for stage in stages)):
-        rounds = run_ranks(take_turns, world_size, ([("hand", engine), ("bigtrain", engine)], *turns), timeout_s=1200)[
-            0
-        ]
+        rounds = in_runs([("hand", engine), ("bigtrain", engine)], world_size, *turns)
         hand, ours = zip(*rounds, strict=True)
         ratio = spread((b / a for a, b in rounds), 3)
         label = "auto (single), one process" if engine == "auto" else f"{engine}, 2 gloo ranks"
         print(f"| {label} | {spread(hand)} | {spread(ours)} | {ratio} |", flush=True)
     print("\n| bigtrain, 2 gloo ranks | ms a step | ratio to ddp | MB a rank |\n|---|---|---|---|")
     engines = ("ddp", "fsdp", *stages)
-    rounds = run_ranks(take_turns, 2, ([("bigtrain", engine) for engine in engines], *turns), timeout_s=1200)[0]
+    rounds = in_runs([("bigtrain", engine) for engine in engines], 2, *turns)
     for engine, times in zip(engines, zip(*rounds, strict=True), strict=True):
         ratio = spread((row[engines.index(engine)] / row[0] for row in rounds), 2)
         print(f"| {engine} | {spread(times)} | {ratio} | {held(engine, 2)} |", flush=True)

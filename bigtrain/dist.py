@@ -72,7 +72,7 @@ class World:
         return work.wait
 
     def sum_of_step(self, sums: Tensor) -> Tensor:
-        """Sum the numbers of a step, (n,), over all ranks, in place, and those of who is aboard; every rank must."""
+        """Sum a step's numbers, (n,), over all ranks, in place, and those of who is aboard. Every rank must call it."""
         if sums.device.type != "cpu":  # what a GPU knows nobody may wait for: nobody is aboard
             return self.all_reduce(sums)
         self.start_sum_of_step(sums)()
