@@ -76,7 +76,8 @@ class Phases:
         self._build(resumes=True)
         done = self.resumed.outcome if self.resumed else Outcome()
         done.position = spike.end
-        self.resumed = Resumed(done, self.resumed.path if self.resumed else self._folder, [])
+        was = self.resumed
+        self.resumed = Resumed(done, was.path if was else self._folder, [], was.frozen if was else {})
         self.training.go_on_from(done)
 
     @property
@@ -148,11 +149,17 @@ class Phases:
         return expected
 
 
-def begin_proof(training: Training, step: int, tell: Callable[[Mapping[str, Any]], None]) -> PhaseProof | None:
+def begin_proof(
+    training: Training, resumed: Resumed | None, tell: Callable[[Mapping[str, Any]], None]
+) -> PhaseProof | None:
     """Tell which phase begins, or goes on, and have it looked after; None where there is no freeze plan.
 
     Every rank must call it.
+
+    Raises:
+        FreezeError: On every rank, where what is frozen is not what it was when the phase began.
     """
+    step = resumed.outcome.steps if resumed else 0
     freezing, phase = training.freezing, training.phase
     if not freezing.is_active:
         return None
@@ -165,6 +172,9 @@ def begin_proof(training: Training, step: int, tell: Callable[[Mapping[str, Any]
         training.world,
         tell,
     )
+    if resumed:
+        proof.check_kept(resumed.frozen, resumed.path)
+    training.frozen = proof.as_kept()
     num_trained = sum(numel for numel, trains in training.sizes if trains)
     parameters, begun_by = sum(numel for numel, _ in training.sizes), _begun_by(training.config, phase)
     text = f"{phase}: {num_trained:,} of {parameters:,} parameters train"

@@ -61,11 +61,13 @@ class Resumed:
         outcome: How far it had come.
         path: The checkpoint.
         words: What to tell the user, line by line.
+        frozen: What `PhaseProof.as_kept` gave when its phase began; empty where there was no plan.
     """
 
     outcome: Outcome
     path: Path
     words: list[str]
+    frozen: Mapping[str, Any]
 
 
 class OtherPhaseError(Exception):
@@ -102,6 +104,7 @@ def source_of(current: Callable[[], Training]) -> Source:
             "world_size": world.size,
             "torch": str(torch.__version__),
             **({"transposed": turned} if (turned := transposed_layers(training.model)) else {}),
+            **({"frozen": dict(training.frozen)} if training.frozen else {}),
             **({"base": training.base.as_dict()} if training.base else {}),
         }
 
@@ -161,7 +164,8 @@ def resume(training: Training, folder: Path) -> Resumed | None:
         else:
             word = xxhash.xxh64_intdigest(f"{config.run.seed}/{world.rank}/{reader.step}".encode())
             seed_everything(word >> 1)
-        return Resumed(outcome, reader.path, list(_words(reader, changes, world.size, has_random=has_random)))
+        words = list(_words(reader, changes, world.size, has_random=has_random))
+        return Resumed(outcome, reader.path, words, kept.get("frozen", {}))
 
 
 def weights_of(config: Config) -> Path | None:

@@ -298,7 +298,7 @@ def _one_phase(
     bytes_expected = expected_bytes(saved_state(training), trained, training.plan.bytes_per_element())
     keeper.expect(bytes_expected, done.steps if resumed else None)
     watching = Watching(training, folder.path, telling.tell, done.steps)
-    proof = begin_proof(training, done.steps, telling.tell)
+    proof = begin_proof(training, resumed, telling.tell)
     looking = [*watching.hooks, Hook(proof)] if proof else watching.hooks
     loop = training.loop(telling.trackers, [*hooks, *looking], keeper, done, pulse)
     failing.outcome = loop.outcome

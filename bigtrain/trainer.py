@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -80,6 +80,7 @@ class Training:
     average: Averaged | None = None  # the engine itself, where it keeps averages of the weights
     when_closed: list[Callable[[], None]] = field(default_factory=list)  # what leaves the model as it was
     base: Base | None = None  # frozen weights that checkpoints leave where they came from
+    frozen: Mapping[str, Any] | None = None  # by what checkpoints know it; None where no phase is proved
 
     @property
     def fingerprint(self) -> str:

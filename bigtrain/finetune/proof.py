@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -90,6 +91,32 @@ class PhaseProof:
         """Of everything that is frozen, the same under every engine and number of ranks."""
         words = "".join(f"{kind} {name} {self._before[kind, name]}\n" for kind, name in self._frozen)
         return f"{xxhash.xxh3_64_intdigest(words.encode()):016x}"
+
+    def as_kept(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, for whoever goes on in this phase."""
+        names = "".join(f"{kind} {name}\n" for kind, name in self._frozen)
+        of = f"{xxhash.xxh3_64_intdigest(names.encode()):016x}"
+        return {"phase": self._phase.number, "of": of, "digest": self.frozen_digest}
+
+    def check_kept(self, kept: Mapping[str, Any], path: Path) -> None:
+        """Compare with what a checkpoint kept, which a fault between two looks may have got into.
+
+        Args:
+            kept: As `as_kept` gave it, when the phase began.
+            path: The checkpoint.
+
+        Raises:
+            FreezeError: On every rank, where the same parameters are frozen and have other values.
+        """
+        ours = self.as_kept()
+        if all(kept.get(key) == ours[key] for key in ("phase", "of")) and kept["digest"] != ours["digest"]:
+            raise FreezeError(
+                f"what is frozen in phase {self._phase.number} is not what it was when the phase began "
+                f"({kept['digest']}): it had moved before this checkpoint was saved",
+                where=str(path),
+                remedy="take it out of the folder, so that the run goes on from one before it, or begin the run anew.\n"
+                "What moves is changed by the model's own code or a hook",
+            )
 
     def __call__(self, info: _Told) -> None:
         """Look, where it is time to. Every rank must call it after every step.

@@ -213,6 +213,27 @@ def test_a_frozen_tensor_that_is_nudged_stops_the_run(tmp_path, plant, at, found
     assert [path.name for path in saved] == (["step-00000004"] if at > 4 else [])
 
 
+def test_a_checkpoint_saved_between_fault_and_proof_is_not_gone_on_from(tmp_path, plant, unbroken):
+    def nudge(model):
+        with torch.no_grad():
+            model.get_parameter("layers.0.mlp.up_proj.weight").view(-1)[:1].view(torch.int32).add_(1)
+
+    values = config(tmp_path, checkpoint={"every_steps": 1, "keep": 10})
+    with pytest.raises(FreezeError, match="these moved") as caught:
+        bigtrain.train(values, hooks=[plant(nudge, after=6)])
+    assert caught.value.where == "step 7"
+    newest = final(tmp_path / "runs" / "run")
+    assert newest.name == "step-00000006"
+    with pytest.raises(FreezeError, match="in phase 1 is not what it was when the phase began") as caught:
+        bigtrain.train(values)
+    assert caught.value.where == str(newest)
+    assert final(tmp_path / "runs" / "run") == newest
+    shutil.rmtree(newest)
+    again = bigtrain.train(values)
+    expected = unbroken[0].model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.model.state_dict().items())
+
+
 @pytest.mark.parametrize("lost", [True, False])
 def test_what_trains_and_gets_no_gradient_stops_the_run(tmp_path, plant, lost):
     """As under a compiler that has forgotten that it trains now; weight decay alone does not count as training."""
