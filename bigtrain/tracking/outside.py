@@ -123,7 +123,7 @@ class Outside:
             self._pass_on()
             self._listen()
             if time.monotonic() > told_at:
-                told_at = until
+                told_at = float("inf")
                 self._say(f"waiting for {self._names}, {self._seconds_to_close - _SECONDS_TO_TELL:.0f} s at most")
         if self._process is not None:
             if not self._is_done:

@@ -194,6 +194,18 @@ def test_one_that_hangs_holds_nobody_up(folder: Path) -> None:
     assert not process.is_running()
 
 
+@pytest.mark.slow
+def test_that_the_end_waits_is_said_once(folder: Path) -> None:
+    said: list[str] = []
+    outside = start(folder, "Hanging", said=said, seconds=4.5)
+    outside.log({"step": 1})
+    outside.close()
+    assert [line.partition(",")[0] for line in said] == [
+        "waiting for Hanging",
+        "warning: Hanging did not end in time; their process was ended",
+    ]
+
+
 KILLED = """
 import sys, time
 from pathlib import Path
