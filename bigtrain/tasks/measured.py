@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -86,21 +87,27 @@ def check_metrics(task: Task) -> None:
 
 
 def checked(numbers: Any) -> dict[str, Any]:
-    """What `compute()` gave, if it is numbers by name; tensors of one number as such.
+    """What `compute()` gave, if it is numbers by name; tensors of one number and numpy's numbers as Python's.
 
     Raises:
         UserError: Where it is not.
     """
     if isinstance(numbers, Mapping):
-        return {
-            name: value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
-            for name, value in numbers.items()
-        }
+        return {name: _as_number(value) for name, value in numbers.items()}
     raise UserError(
         f"compute() of the task's metrics gives a {type(numbers).__name__}",
         where="task.name",
         remedy="return numbers by name, as {'accuracy': 0.9}",
     )
+
+
+def _as_number(value: Any) -> Any:
+    """A single number as Python's own, whatever library it is of; several of numpy's as a tensor."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        value = torch.as_tensor(value)
+    return value.item() if isinstance(value, Tensor) and value.ndim <= 1 and value.numel() == 1 else value
 
 
 class Doubts:

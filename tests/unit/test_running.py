@@ -322,6 +322,28 @@ def test_metrics_need_two_methods(config):
         train(config, ("run.name=bare",), task=Unmeasured(Bare))
 
 
+def test_numbers_of_any_library_are_numbers(config):
+    class OfMany(Tally):
+        result = MappingProxyType(
+            {
+                "single": np.float32(0.5),
+                "double": np.float64(0.25),  # what sklearn's scores are
+                "whole": np.int64(3),
+                "array": np.array(0.75),
+                "tensor": torch.tensor([0.125]),
+                "table": np.eye(2),
+            }
+        )
+
+    run = train(config, task=Unmeasured(OfMany))
+    wanted = {"single": 0.5, "double": 0.25, "whole": 3, "array": 0.75, "tensor": 0.125}
+    assert {name: run.evaluation[name] for name in wanted} == wanted
+    last = bigtrain.load_run(run.path).metrics.last()
+    assert {name: last[f"eval/{name}"] for name in wanted} == wanted
+    metrics = json.loads((run.path / "result.json").read_text())["metrics"]
+    assert metrics == {"loss": run.evaluation["loss"], **wanted, "table": [[1.0, 0.0], [0.0, 1.0]]}
+
+
 def test_how_a_start_without_a_launcher_stands_and_what_it_said(config):
     """It leaves no start.json and no end.json."""
 
