@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bigtrain.runs import write_atomically
+from bigtrain.runs import ATTEMPT_VARIABLE, write_atomically
 
 _SECONDS_FOR_GIT = 5.0
 _LARGEST_DIFF = 2_000_000  # bytes; a folder of data that nobody told git to leave out is no change of code
@@ -92,10 +92,12 @@ def _git(*arguments: str) -> str:
 
 
 def command() -> str:
-    """What started this process, as a shell takes it; a rank's launcher, too, runs `python -m bigtrain`."""
-    program = Path(sys.argv[0])
+    """What started this process, as a shell takes it; of a rank that the launcher started, what started that."""
+    program, given = Path(sys.argv[0]), sys.argv[1:]
     name = program.parent.name if program.name == "__main__.py" else program.name
-    return shlex.join([name, *sys.argv[1:]])
+    if ATTEMPT_VARIABLE in os.environ and "train" in given:
+        given[given.index("train")] = "launch"
+    return shlex.join([name, *given])
 
 
 def _packages() -> str:

@@ -85,3 +85,9 @@ def test_no_password_of_the_environment_is_kept(tmp_path: Path, monkeypatch: pyt
 def test_the_command_is_what_a_user_gives(monkeypatch: pytest.MonkeyPatch, program: str, said: str) -> None:
     monkeypatch.setattr("sys.argv", [program, "train", "a b.yaml"])
     assert command() == f"{said} train 'a b.yaml'"
+
+
+def test_the_command_of_a_rank_is_its_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BIGTRAIN_ATTEMPT_DIR", "runs/it/attempts/0")
+    monkeypatch.setattr("sys.argv", ["/usr/bin/bigtrain", "--debug", "train", "it.yaml", "launch.nproc=2"])
+    assert command() == "bigtrain --debug launch it.yaml launch.nproc=2"
