@@ -123,7 +123,7 @@ class CheckpointReader:
             raise CheckpointError(
                 f"{self.path} holds no averages of weights",
                 where=str(self.path),
-                remedy="take the weights themselves (--no-ema); a run keeps averages where optim.ema says so",
+                remedy="take the weights themselves (without --ema); a run keeps averages where optim.ema says so",
             )
 
     def shard(self, writer: int) -> ShardFile:

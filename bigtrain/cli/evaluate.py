@@ -67,6 +67,9 @@ def predict(
     tokenizer: Annotated[
         str | None, typer.Option(help="`bytes`, a tokenizer.json or its folder, instead of the run file's.")
     ] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Of the run file: finetune.init_from, say.")
+    ] = None,
     folder: Folder = Path("runs"),
     best: Best = False,
     ema: Ema = None,
@@ -79,7 +82,7 @@ def predict(
     from bigtrain.evaluating.texts import Generating
 
     how = Generating(max_tokens, temperature, seed, tokenizer)
-    with opened(find_checkpoint(place, folder, best=best), averaged=ema) as trained:
+    with opened(find_checkpoint(place, folder, best=best), changes or (), averaged=ema) as trained:
         answers = ask(trained, inputs, how)
         if as_json:
             typer.echo(json.dumps([answer.as_dict() for answer in answers], indent=2))

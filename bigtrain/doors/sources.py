@@ -184,8 +184,8 @@ def open_whole(
 
 
 def _open_base(base: Base, path: Path) -> ForeignReader:
-    remedy = "say where they are now: finetune.init_from, or model.name of a model hf/<folder>;\n--base of "
-    remedy += "`bigtrain ckpt export`"
+    remedy = "say where they are now: finetune.init_from=PATH, or model.name=hf/PATH of a model hf/<folder>\n"
+    remedy += "(after --set of `bigtrain predict`); --base PATH of `bigtrain ckpt export`"
     try:
         weights = open_weights(base.path, as_gpt=base.as_gpt)
     except CheckpointError as error:

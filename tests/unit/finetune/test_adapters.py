@@ -436,6 +436,8 @@ def test_a_folder_that_has_moved(place: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="which cannot be opened"), opened(find_checkpoint(run.path)):
         pass
     assert "samples" in command("eval", str(run.path), f"model.name=hf/{tmp_path / 'there'}", "--json")
+    said = command("predict", str(run.path), "so good", "--set", f"model.name=hf/{tmp_path / 'there'}")
+    assert said.split()[2] in made.OF_LABEL
     command("ckpt", "export", str(run.path), str(tmp_path / "out"), "--to", "hf", "--base", str(tmp_path / "there"))
     assert (tmp_path / "out" / "tokenizer.json").exists()
     settings["model"]["name"] = f"hf/{tmp_path / 'there'}"
