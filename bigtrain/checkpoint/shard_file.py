@@ -22,7 +22,7 @@ from bigtrain.errors import CheckpointError, CorruptError, ReadError
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-_SHARED = 4 * CHUNK  # so much at least is read by two threads: to hand over less takes as long
+SHARED = 4 * CHUNK  # so much at least is read by two threads: to hand over less takes as long
 
 
 class ShardFile:
@@ -45,7 +45,8 @@ class ShardFile:
         self._expected = expected
         self._files = files
         self._file: Input | None = None
-        self._edge: tuple[int, bytes] = (-1, b"")  # the chunk of which a part was wanted last
+        self._edge = memoryview(bytearray(CHUNK))  # the chunk of which a part was wanted last, and which it is
+        self._edge_place: int | None = None
         self.header, self._hashes = self._verified_header()
         self._by_key: dict[Key, list[Entry]] = {}
         for entry in self.header.entries:
@@ -90,14 +91,15 @@ class ShardFile:
 
     # ---- verified reading ----------
 
-    def _chunk(self, entry: Entry, number: int) -> bytes:
-        """One chunk of a box, verified."""
+    def _chunk(self, entry: Entry, number: int) -> memoryview:
+        """One chunk of a box, verified; it stays until the next one is asked for."""
         place = entry.first_chunk + number
-        if self._edge[0] != place:
-            chunk = bytearray(min(CHUNK, entry.num_bytes - number * CHUNK))
-            self._read_verified(entry, number, memoryview(chunk))
-            self._edge = place, bytes(chunk)
-        return self._edge[1]
+        chunk = self._edge[: min(CHUNK, entry.num_bytes - number * CHUNK)]
+        if self._edge_place != place:
+            self._edge_place = None
+            self._read_verified(entry, number, chunk)
+            self._edge_place = place
+        return chunk
 
     def _read_verified(self, entry: Entry, number: int, out: memoryview) -> None:
         """Fill `out` with whole chunks of a box, from chunk `number` on."""
@@ -127,7 +129,7 @@ class ShardFile:
         def read() -> list[int]:
             wrong: list[int] = []
             work = self._opened(), iter(range(0, out.nbytes, CHUNK)), wrong
-            other = self._helper.submit(fill, *work) if self._helper and out.nbytes >= _SHARED else None
+            other = self._helper.submit(fill, *work) if self._helper and out.nbytes >= SHARED else None
             try:
                 fill(*work)
             finally:

@@ -471,3 +471,22 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path, newest):
             open_checkpoint(path)
         with pytest.raises(CheckpointError, match="there is no checkpoint at"):
             verify(path)
+
+
+@pytest.mark.parametrize("layout", ["rows", "flat", "columns"])
+def test_damage_is_found_by_either_of_two_threads(tmp_path, layout):
+    """A box of two files is read by two threads, where the machine has a core for the second."""
+    tensors = {("weight", "w"): torch.randn(1500, 1501, generator=torch.Generator().manual_seed(0))}  # 9 MB
+    path = saved(tmp_path, 1, cut(layout, tensors, 2))
+    files = Files()
+    files.has_spare_core = lambda: True
+    assert_holds(path, tensors, files)
+    for shard in sorted(path.glob("*.safetensors")):
+        whole_file = bytearray(shard.read_bytes())
+        whole_file[-100_000] ^= 1
+        shard.write_bytes(whole_file)
+        with open_checkpoint(path, files) as reader, pytest.raises(CorruptError, match=shard.name):
+            reader.read_into("weight", "w", whole((1500, 1501)), torch.empty(1500, 1501))
+        whole_file[-100_000] ^= 1
+        shard.write_bytes(whole_file)
+    assert_holds(path, tensors, files)
