@@ -32,6 +32,13 @@ from bigtrain.tasks.causal_lm import CausalLM
 RANK = int(os.environ.get("RANK", 0))
 
 
+def text_of(path):
+    try:
+        return open(path).read().strip()
+    except FileNotFoundError:  # the rank that it was for has taken it since
+        return ""
+
+
 class Planted(CausalLM):
     def __init__(self, folder, after, **args):
         super().__init__(**args)
@@ -52,7 +59,7 @@ class Planted(CausalLM):
         if self.calls == self.after and torch.is_grad_enabled():
             for name in os.listdir(self.folder):
                 path = os.path.join(self.folder, name)
-                if open(path).read().strip() == str(RANK):
+                if text_of(path) == str(RANK):
                     os.unlink(path)
                     self.model = model
                     getattr(self, name)()
