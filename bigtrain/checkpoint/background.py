@@ -143,8 +143,10 @@ class Background:
 
         def write() -> None:
             try:
-                prepared.copy_rest()
-                self._is_copied.set()
+                try:
+                    prepared.copy_rest()
+                finally:
+                    self._is_copied.set()  # whatever happens: the training waits for it
                 path = self._save(step, prepared.state, ready=prepared.ready, **kept)
                 if self._world.is_main:
                     self._committed(path)
