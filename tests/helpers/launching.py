@@ -72,7 +72,10 @@ class Planted(CausalLM):
     def raises(self): raise ZeroDivisionError("planted")
     def no_memory(self): raise MemoryError("planted")
     def network(self): raise ConnectionResetError("planted")
-    def stopped(self): os.kill(os.getpid(), signal.SIGSTOP)
+    def stopped(self):
+        os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(1)  # the kernel may stop another thread first, and this one some instructions later
+
     def sleeps(self): time.sleep(600)
     def holds_the_lock(self): ctypes.PyDLL(None).sleep(600)
     def flips(self): next(iter(self.model.parameters())).data.view(-1)[0] += 1e-3
