@@ -26,6 +26,7 @@ from bigtrain.health.pulse import Pulse
 from bigtrain.health.replicas import Replicas
 from bigtrain.health.signals import stop_on_signals
 from bigtrain.health.spikes import Spike, SpikeWatch
+from bigtrain.metrics import Row
 from bigtrain.optim import Schedule
 from bigtrain.progress import Cadence, Examples, Hook, Outcome, Saver, SavesNothing, StepInfo, TrainBatch
 from bigtrain.protocols import Batch, LossSum, Task
@@ -332,7 +333,7 @@ class Loop:
         self._tell(row)
 
     def _tell(self, row: dict[str, Any]) -> None:
-        row["time"] = round(time.time(), 3)
+        row = Row(row, time=round(time.time(), 3))
         for tracker in self._trackers:
             tracker.log(row)
 

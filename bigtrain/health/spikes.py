@@ -1,7 +1,8 @@
 """Losses that leap: told, and on request undone, as a large batch of bad data can spoil weights that are finite.
 
-Losses stay where they are (on a GPU nobody waits for them) and are read at log intervals and before checkpoints, in
-one transfer: a spike is told a little late, and none is ever saved.
+Losses on a GPU stay there, as nobody may wait for them, and are read at log intervals and before checkpoints, in one
+transfer: a spike is told a little late, and none is ever saved. Of those on a CPU only what may be a spike is kept
+until then.
 """
 
 from __future__ import annotations
@@ -68,7 +69,13 @@ class SpikeWatch:
 
     def observe(self, step: int, loss: Tensor | float, end: tuple[int, int]) -> None:
         """Take note of a step: how many were taken, its loss, and where the next one begins in the data."""
-        if self._factor is not None:
+        if self._factor is None:
+            return
+        recent = self._recent
+        # Most losses are told from spikes by the one before them: twice the largest is no less than twice that.
+        if isinstance(loss, float) and not self._unread and recent and loss <= 2 * recent[-1] and isfinite(loss):
+            recent.append(loss)
+        else:
             self._unread.append((step, loss, end))
 
     def look(self) -> Iterator[Spike]:
@@ -84,7 +91,6 @@ class SpikeWatch:
     def _judged(self, step: int, loss: float, end: tuple[int, int]) -> Spike | None:
         recent, factor = self._recent, self._factor
         spike = None
-        # Most losses are told from spikes by the one before them: twice the largest is more than twice that.
         if factor is not None and len(recent) >= _FEWEST and loss > 2 * recent[-1]:
             usual = sum(recent) / len(recent)
             if loss > factor * usual > 0 and loss > 2 * max(recent):

@@ -78,4 +78,6 @@ def kind_of(row: Mapping[str, Any]) -> str:
         return "event"
     if "histograms" in row:
         return "histograms"
+    if "loss" in row:  # most rows, and no need to look through them
+        return "train"
     return "eval" if any(key.startswith("eval/") for key in row) else "train"

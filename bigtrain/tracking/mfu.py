@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from bigtrain.metrics import Row
 from bigtrain.tracking.base import Tracker
 
 
@@ -128,7 +129,7 @@ class Derived:
     def log(self, row: Mapping[str, Any]) -> None:
         """Take one line."""
         if "samples_per_s" in row:
-            row = dict(row)
+            row = Row(row)
             if self._tokens is not None:
                 row["tokens_per_s"] = row["samples_per_s"] * self._tokens
             if self._utilisation is not None:
