@@ -117,7 +117,8 @@ def finish_telling(
     if outcome.stopped:
         telling.tell({"step": outcome.steps, "event": "stop"})
         report(telling, folder, training.config)
-        telling.say(f"stopped after step {outcome.steps} of {total}, as asked: {folder.path}")
+        how = "" if outcome.again else "; the same command goes on from there"
+        telling.say(f"stopped after step {outcome.steps} of {total}, as asked: {folder.path}{how}")
         return
     best, patience = outcome.standings.get(BEST), outcome.standings.get(PATIENCE)
     is_early = outcome.steps < total and patience is not None

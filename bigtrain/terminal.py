@@ -9,6 +9,7 @@ import io
 import os
 import stat
 import sys
+from typing import TextIO
 
 _OUTPUTS = (1, 2)
 
@@ -49,6 +50,15 @@ def print_line(text: str, number: int = 1) -> None:
         print(text, file=sys.stderr if number == 2 else sys.stdout, flush=True)
     except OSError:
         print_nowhere(number)  # what is left in the buffer would fail again at the end
+
+
+def has_gone(stream: TextIO) -> bool:
+    """Whether an output takes nothing any more: an empty line is tried, as nothing may be left in its buffer."""
+    try:
+        print(file=stream, flush=True)
+    except OSError:
+        return True
+    return False
 
 
 def print_nowhere(number: int) -> None:

@@ -227,14 +227,15 @@ class _Tail:
 
     def _print_new(self, attempt: Path) -> None:
         for file in logs_of(attempt, self._rank):
+            data = b""
             with suppress(OSError), file.open("rb") as stream:
                 stream.seek(self._read.get(file, 0))
                 data = stream.read()
-                whole = data.rpartition(b"\n")[0]
-                if whole:
-                    self._read[file] = self._read.get(file, 0) + len(whole) + 1
-                    for line in whole.decode(errors="replace").split("\n"):
-                        self._print(line, file)
+            whole = data.rpartition(b"\n")[0]
+            if whole:
+                self._read[file] = self._read.get(file, 0) + len(whole) + 1
+                for line in whole.decode(errors="replace").split("\n"):
+                    self._print(line, file)
 
     def _print(self, line: str, file: Path) -> None:
         """Of a log that ranks share, this rank's lines only: each begins with its rank."""

@@ -29,7 +29,7 @@ from bigtrain.cli.sweep import sweep
 from bigtrain.cli.train import train
 from bigtrain.cli.try_run import try_run
 from bigtrain.errors import BigtrainError, ConfigError, SetupError
-from bigtrain.terminal import settle_outputs
+from bigtrain.terminal import has_gone, print_line, print_nowhere, settle_outputs
 
 app = typer.Typer(
     name="bigtrain",
@@ -75,12 +75,19 @@ def main() -> None:
     """Run the command line; an error of ours is told in a few lines and sets the exit code, and so is a disk's."""
     settle_outputs()
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # what is not written by now would fail when Python has left, with a code of its own
     except BigtrainError as error:
         _end(error)
     except OSError as error:
         if not _is_somewhere():
             _end(SetupError("the current directory is gone", remedy="go to one that is there: cd"))
+        if error.filename is None and has_gone(sys.stdout):
+            print_nowhere(1)
+            remedy = "print to a place that takes it"
+            _end(BigtrainError(f"standard output takes nothing: {error.strerror}", remedy=remedy))
         if error.errno not in _REFUSALS or error.filename is None:
             _show(error)
         remedy = "give a place that you may write to, with room for it"
@@ -120,5 +127,5 @@ def _end(error: BigtrainError) -> NoReturn:
 
         traceback.print_exc()
     for part in error.problems if isinstance(error, ConfigError) else [error]:
-        print(f"error: {part}".encode(errors="backslashreplace").decode(), file=sys.stderr)
+        print_line(f"error: {part}".encode(errors="backslashreplace").decode(), 2)
     sys.exit(error.exit_code)

@@ -37,10 +37,11 @@ def list_runs(
     values = _values(paths, sort) if sort else {}
     if sort:  # runs without the metric come last, the newest first
         stands.sort(key=lambda pair: _rank(sort, values.get(pair[1])))
-    rows: list[tuple[str, ...]] = [("name", "state", "step", "loss", *([sort] if sort else []), "since", "where")]
+    added = [] if sort is None or sort.removeprefix("train/") == "loss" else [sort]
+    rows: list[tuple[str, ...]] = [("name", "state", "step", "loss", *added, "since", "where")]
     for found, path in stands:
         numbers = ["" if found.step is None else str(found.step), "" if found.loss is None else f"{found.loss:.4f}"]
-        if sort:
+        if added:
             numbers.append(f"{values[path]:.4f}" if path in values else "")
         rows.append((path.name, found.state, *numbers, _time(found.since), found.where))
     _table(rows)

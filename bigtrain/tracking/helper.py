@@ -38,11 +38,11 @@ class Working:
     Args:
         name: What the user calls it.
         make: Makes it; may take long, and may fail.
-        say: Tells the user.
+        warn: Tells the user that rows do not reach the tracker.
     """
 
-    def __init__(self, name: str, make: Callable[[], Tracker], say: Callable[[str], None]) -> None:
-        self.name, self._make, self._say = name, make, say
+    def __init__(self, name: str, make: Callable[[], Tracker], warn: Callable[[str], None]) -> None:
+        self.name, self._make, self._warn = name, make, warn
         self._rows: queue.Queue[Mapping[str, Any] | None] = queue.Queue(_MOST_WAITING)
         self._is_dead = self._is_late = False
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
@@ -55,7 +55,7 @@ class Working:
         except queue.Full:
             if not (self._is_late or self._is_dead):
                 self._is_late = True
-                self._say(f"warning: {self.name} cannot keep up, and rows are left out; metrics.jsonl has them all")
+                self._warn(f"warning: {self.name} cannot keep up, and rows are left out")
 
     def close(self) -> None:
         """Let the thread end when it has taken everything."""
@@ -83,10 +83,7 @@ class Working:
         except BaseException as error:  # a library may even raise SystemExit
             self._is_dead = True
             said = (error.problem if isinstance(error, UserError) else str(error)).strip().partition("\n")[0]
-            self._say(
-                f"warning: {self.name} stopped: {type(error).__name__}: {said}; "
-                "training goes on, and metrics.jsonl has every number"
-            )
+            self._warn(f"warning: {self.name} stopped: {type(error).__name__}: {said}; training goes on")
 
 
 def make_tracker(factory: str, args: Mapping[str, Any], run: TrackedRun, say: Callable[[str], None]) -> Tracker:
@@ -119,10 +116,13 @@ def work(lines: Iterator[bytes], tell: Callable[[Mapping[str, Any]], None]) -> N
     def say(text: str) -> None:
         tell({"say": text})
 
+    def warn(text: str) -> None:
+        tell({"lost": text})
+
     def making(spec: Mapping[str, Any]) -> Callable[[], Tracker]:
         return lambda: make_tracker(spec["factory"], spec["args"], run, say)
 
-    trackers = [Working(spec["name"], making(spec), say) for spec in first["trackers"]]
+    trackers = [Working(spec["name"], making(spec), warn) for spec in first["trackers"]]
     seconds = _SECONDS_LEFT_ALONE
     for line in lines:
         row = from_json(json.loads(line))
@@ -136,7 +136,7 @@ def work(lines: Iterator[bytes], tell: Callable[[Mapping[str, Any]], None]) -> N
     until = time.monotonic() + seconds
     for tracker in trackers:
         if not tracker.ended(until - time.monotonic()):
-            say(f"warning: {tracker.name} did not take everything in time; metrics.jsonl has every number")
+            warn(f"warning: {tracker.name} did not take everything in time")
     tell({"done": True})
 
 

@@ -30,12 +30,19 @@ class MetricsFile:
         self._file: int | None = None
         self._size = 0
         self._waiting: deque[bytes] = deque(maxlen=_MOST_WAITING)
+        self._num_given_up = 0
         self._has_complained = False
+
+    @property
+    def has_every_line(self) -> bool:
+        """Whether all that was logged is in the file."""
+        return not self._waiting and not self._num_given_up
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one line."""
         if "histograms" in row:
             return
+        self._num_given_up += len(self._waiting) == _MOST_WAITING
         self._waiting.append(to_line(row))
         try:
             self._write()
@@ -61,11 +68,14 @@ class MetricsFile:
 
     def close(self) -> None:
         """Write what waits, if the disk takes it, and close the file."""
+        reason: str | None = "they waited too long"
         if self._waiting:
             try:
                 self._write()
             except OSError as error:
-                self._say(f"warning: {len(self._waiting)} lines of {self._path} are lost: {error.strerror}")
+                reason = error.strerror
+        if not self.has_every_line:
+            self._say(f"warning: {len(self._waiting) + self._num_given_up} lines of {self._path} are lost: {reason}")
         if self._file is not None:
             os.close(self._file)
             self._file = None

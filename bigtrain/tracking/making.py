@@ -14,6 +14,7 @@ from bigtrain.tracking.base import TrackedRun, Tracker
 from bigtrain.tracking.jsonl import MetricsFile
 from bigtrain.tracking.outside import Outside, Spec
 from bigtrain.tracking.repro import command
+from bigtrain.tracking.wandb_files import how_to_send
 
 _WANDB = "bigtrain.tracking.weights_and_biases:WeightsAndBiases"
 _TENSORBOARD = "bigtrain.tracking.tensorboard:TensorBoard"
@@ -43,7 +44,8 @@ def make_trackers(
     Raises:
         UserError: Where a tracker of the user's own cannot be found, or TensorBoard is not installed.
     """
-    trackers: list[Tracker] = [MetricsFile(folder / "metrics.jsonl", say)]
+    metrics = MetricsFile(folder / "metrics.jsonl", say)
+    trackers: list[Tracker] = [metrics]
     specs = list(_specs(config))
     if specs:
         run = TrackedRun(
@@ -56,7 +58,17 @@ def make_trackers(
             pid=os.getpid(),
             command=command(),
         )
-        trackers.append(Outside(specs, run, log, say))
+        is_at_wandb = any(spec.factory == _WANDB for spec in specs)
+        trackers.append(
+            Outside(
+                specs,
+                run,
+                log,
+                say,
+                has_all=lambda: metrics.has_every_line,
+                what_is_left=lambda: how_to_send(folder) if is_at_wandb else None,
+            )
+        )
     return trackers
 
 

@@ -60,6 +60,9 @@ class Outside:
         log: The file that what they print goes to.
         say: Tells the user, a line at a time.
         seconds_to_close: The most that the end of the run waits for them.
+        has_all: Whether everything that was logged is in metrics.jsonl.
+        what_is_left: A line on how to send what trackers keep on this disk, said in the end where they did not come to
+            theirs.
     """
 
     def __init__(
@@ -69,8 +72,13 @@ class Outside:
         log: Path,
         say: Callable[[str], None],
         seconds_to_close: float = _SECONDS_TO_CLOSE,
+        has_all: Callable[[], bool] = lambda: True,
+        what_is_left: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._say, self._seconds_to_close = say, seconds_to_close
+        self._has_all, self._what_is_left = has_all, what_is_left
+        self._has_lost = False
+        self._told: set[str] = set()
         self._names = ", ".join(spec.name for spec in specs)
         self._waiting: deque[bytes] = deque()
         self._left_out = 0
@@ -106,7 +114,7 @@ class Outside:
         else:
             self._left_out += 1
             if self._left_out == 1:
-                self._say(f"warning: {self._names} cannot keep up, and rows are left out; metrics.jsonl has them all")
+                self._warn(f"warning: {self._names} cannot keep up, and rows are left out")
         self._pass_on()
         if (now := time.monotonic()) - self._heard_at > _SECONDS_BETWEEN:
             self._heard_at = now
@@ -114,8 +122,13 @@ class Outside:
 
     def close(self) -> None:
         """Wait until everything has been taken, but not for long."""
-        if self._process is None:
-            return
+        if self._process is not None:
+            self._close()
+        left = self._what_is_left() if self._has_lost else None
+        if left is not None and left not in self._told:
+            self._say(left)
+
+    def _close(self) -> None:
         self._waiting.append(to_line({"close": True}))
         until, told_at = time.monotonic() + self._seconds_to_close, time.monotonic() + _SECONDS_TO_TELL
         while self._process is not None and not self._is_done and (left := until - time.monotonic()) > 0:
@@ -127,7 +140,7 @@ class Outside:
                 self._say(f"waiting for {self._names}, {self._seconds_to_close - _SECONDS_TO_TELL:.0f} s at most")
         if self._process is not None:
             if not self._is_done:
-                self._say(f"warning: {self._names} did not end in time; their process was ended")
+                self._warn(f"warning: {self._names} did not end in time, and their process was ended")
             self._end()
 
     def _await(self, seconds: float) -> None:
@@ -169,18 +182,23 @@ class Outside:
             for line in lines:
                 message = json.loads(line)
                 if "say" in message:
+                    self._told.add(message["say"])
                     self._say(message["say"])
+                if "lost" in message:
+                    self._warn(message["lost"])
                 self._is_done = self._is_done or message.get("done", False)
 
     def _lost(self) -> None:
         if self._process is not None and not self._is_done:
             code = self._process.poll()
-            self._say(
-                f"warning: the process of {self._names} ended"
-                + (f" by signal {signal.Signals(-code).name}" if code is not None and code < 0 else "")
-                + "; training goes on, and metrics.jsonl has every number"
-            )
+            by = f" by signal {signal.Signals(-code).name}" if code is not None and code < 0 else ""
+            self._warn(f"warning: the process of {self._names} ended{by}; training goes on")
             self._end()
+
+    def _warn(self, text: str) -> None:
+        """Tell of rows that do not reach a tracker, and that they are not lost, where that is so."""
+        self._has_lost = True
+        self._say(text + ("; metrics.jsonl has every number" if self._has_all() else ""))
 
     def _end(self) -> None:
         process, self._process = self._process, None

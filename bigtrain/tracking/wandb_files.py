@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import netrc
 import os
+import shlex
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -46,6 +47,16 @@ def logs(run_folder: Path, run_id: str) -> list[Path]:
     """The .wandb files of a run in its folder, the oldest first."""
     # wandb names folders by the second, and adds a number where there is one of this second.
     return sorted((run_folder / "wandb").glob(f"*run-*-{run_id}*/run-{run_id}.wandb"))
+
+
+def how_to_send(run_folder: Path) -> str | None:
+    """How the files of a run are sent later, in a line; None where there are none."""
+    with suppress(OSError):
+        run_id = (run_folder / "wandb_id").read_text(encoding="utf-8").strip()
+        if logs(run_folder, run_id):
+            shown = shlex.quote(os.path.relpath(run_folder / "wandb"))
+            return f"W&B has its files here; to send them: wandb sync {shown}/*run-*-{run_id}*"
+    return None
 
 
 def mark_sent(run_folder: Path, run_id: str) -> None:

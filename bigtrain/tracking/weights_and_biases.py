@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shlex
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -236,7 +235,6 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         """Send what is left, and say how to send what could not be."""
-        folder = Path(self._run.dir).parent
         try:
             self._run.finish()
         except Exception as error:
@@ -244,6 +242,5 @@ class WeightsAndBiases:
             self._is_online = False
         if self._is_online:
             wandb_files.mark_sent(self._folder, self._run.id)
-        else:
-            shown = shlex.quote(os.path.relpath(folder.parent))
-            self._say(f"W&B has its files here; to send them: wandb sync {shown}/*run-*-{self._run.id}*")
+        elif told := wandb_files.how_to_send(self._folder):
+            self._say(told)

@@ -618,6 +618,9 @@ def test_an_interrupt_stops_at_a_step_boundary(interruptible):
     steps = [row["step"] for row in read_rows(folder)]
     assert steps == list(range(1, len(steps) + 1))
     assert (folder / "metrics.jsonl").read_bytes().endswith(b"\n")
-    assert output.splitlines()[-1] == f"stopped after step {steps[-1]} of 100000000, as asked: runs/interrupted"
+    said = (
+        f"stopped after step {steps[-1]} of 100000000, as asked: runs/interrupted; the same command goes on from there"
+    )
+    assert output.splitlines()[-1] == said
     assert "Traceback" not in output
     assert not (folder / "result.json").exists()

@@ -1,6 +1,7 @@
 """The `bigtrain` command as a user meets it: what it prints, what it exits with, what it does not import."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -67,6 +68,33 @@ def test_an_error_of_another_kind_shows_what_the_command_called(bt, monkeypatch)
     assert code == 1
     assert re.findall('File ".*/(.+)", line', err) == ["test_config_commands.py"]
     assert err.endswith("IndexError: list index out of range\n")
+
+
+@pytest.mark.parametrize(
+    "words", ["runs list", "runs logs a", "report a", "runs compare a b", "config keys optim", "init", "--help"]
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_takes_nothing_is_said_in_a_line(tmp_path, words, unbuffered):
+    for name in ("a", "b"):
+        (tmp_path / "runs" / name / "attempts/0/logs").mkdir(parents=True)
+        (tmp_path / "runs" / name / "attempts/0/logs/rank-00000.stdout").write_text("step 1\n")
+        (tmp_path / "runs" / name / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5, "epoch": 0}\n')
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-m", "bigtrain", *words.split()]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    said = "error: standard output takes nothing: No space left on device\n  do: print to a place that takes it\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
+def test_an_error_has_its_code_also_where_it_cannot_be_said(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    command = [sys.executable, "-m", "bigtrain", "runs", "show", "nothing"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=full, stderr=full, check=False)
+    assert done.returncode == 2
 
 
 def test_show_prints_a_run_file(bt, tmp_path):

@@ -143,6 +143,9 @@ def test_runs_sorted_by_a_metric_and_names_that_are_hard_to_write(folder: Path) 
     listed = bigtrain(folder, "runs", "list", "--sort", "eval/accuracy").splitlines()
     assert [line.split("  ")[0] for line in listed[1:]] == ["best", "a b", "worst", "none"]
     assert "0.9000" in listed[1]
+    for metric in ("loss", "train/loss"):  # it has a column anyhow
+        listed = bigtrain(folder, "runs", "list", "--sort", metric).splitlines()
+        assert listed[0].split() == ["name", "state", "step", "loss", "since", "where"]
     assert "did you mean eval/accuracy?" in bigtrain(folder, "runs", "list", "--sort", "eval/acuracy", code=2)
 
 

@@ -46,6 +46,15 @@ class Dying(Kind):
     def log(self, row):
         os.kill(os.getpid(), 9)
 
+class Saying(Kind):
+    """Says itself how to send what it has, and fails then."""
+    def __init__(self, run, say, path):
+        super().__init__(run, path)
+        self.say = say
+    def log(self, row):
+        self.say("to send it: so")
+        raise RuntimeError("no room")
+
 class Hanging(Kind):
     def log(self, row):
         time.sleep(1000)
@@ -133,7 +142,10 @@ def test_a_process_with_thousands_of_files_closes_as_any(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("temper", "words"),
     [
-        ("Failing", "warning: Failing stopped: RuntimeError: no room; training goes on, and metrics.jsonl has every"),
+        (
+            "Failing",
+            "warning: Failing stopped: RuntimeError: no room; training goes on; metrics.jsonl has every number",
+        ),
         ("Leaving", "warning: Leaving stopped: SystemExit: 3; training goes on"),
     ],
 )
@@ -163,6 +175,31 @@ def test_one_that_takes_the_process_with_it_is_said_once(folder: Path) -> None:
     assert said[0].startswith("warning: the process of Dying ended by signal SIGKILL; training goes on")
 
 
+@pytest.mark.parametrize("temper", ["Dying", "Failing"])
+def test_that_metrics_has_every_number_is_said_where_it_is_so(folder: Path, temper: str) -> None:
+    said: list[str] = []
+    spec = Spec(temper, f"my_trackers:{temper}", {"path": str(folder / "kept")})
+    outside = Outside([spec], TrackedRun(".", "mine"), folder / "log", said.append, has_all=lambda: False)
+    outside.log({"step": 1})
+    outside.close()
+    assert len(said) == 1
+    assert said[0].endswith("training goes on")
+
+
+@pytest.mark.parametrize(("temper", "times"), [("Kind", 0), ("Dying", 1), ("Saying", 1)])
+def test_how_to_send_what_is_left_is_said_once_where_one_did_not_come_to_its_end(
+    folder: Path, temper: str, times: int
+) -> None:
+    said: list[str] = []
+    spec = Spec(temper, f"my_trackers:{temper}", {"path": str(folder / "kept")})
+    run, left = TrackedRun(".", "mine"), "to send it: so"
+    outside = Outside([spec], run, folder / "log", said.append, what_is_left=lambda: left)
+    outside.log({"step": 1})
+    outside.close()
+    assert said.count(left) == times
+    assert len(said) == 2 * times
+
+
 def test_one_that_is_unknown_is_said(folder: Path) -> None:
     said: list[str] = []
     outside = Outside([Spec("x", "my_trackers:Nobody")], TrackedRun(".", "mine"), folder / "log", said.append)
@@ -186,11 +223,12 @@ def test_one_that_hangs_holds_nobody_up(folder: Path) -> None:
         outside.log({"step": step, "loss": 0.5, "note": "x" * 300})
         longest = max(longest, time.perf_counter() - began)
     assert longest < 0.5  # other processes take the processor, too
-    assert said == ["warning: Hanging cannot keep up, and rows are left out; metrics.jsonl has them all"]
+    kept_all = "; metrics.jsonl has every number"
+    assert said == ["warning: Hanging cannot keep up, and rows are left out" + kept_all]
     began = time.perf_counter()
     outside.close()
     assert time.perf_counter() - began < 3
-    assert said[1:] == ["warning: Hanging did not end in time; their process was ended"]
+    assert said[1:] == ["warning: Hanging did not end in time, and their process was ended" + kept_all]
     assert not process.is_running()
 
 
@@ -200,10 +238,7 @@ def test_that_the_end_waits_is_said_once(folder: Path) -> None:
     outside = start(folder, "Hanging", said=said, seconds=4.5)
     outside.log({"step": 1})
     outside.close()
-    assert [line.partition(",")[0] for line in said] == [
-        "waiting for Hanging",
-        "warning: Hanging did not end in time; their process was ended",
-    ]
+    assert [line.partition(",")[0] for line in said] == ["waiting for Hanging", "warning: Hanging did not end in time"]
 
 
 KILLED = """

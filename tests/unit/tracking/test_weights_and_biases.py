@@ -13,13 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from bigtrain.config.loader import from_dict
 from bigtrain.tracking import wandb_files
 from bigtrain.tracking.base import TrackedRun
 from bigtrain.tracking.jsonl import MetricsFile
+from bigtrain.tracking.making import make_trackers
 from bigtrain.tracking.outside import Outside, Spec
-from tests.helpers.wandb_server import WandbServer
+from tests.helpers.wandb_server import WandbServer, wait_until
 
 FACTORY = "bigtrain.tracking.weights_and_biases:WeightsAndBiases"
 CONFIG = {"optim": {"lr": 1e-3, "groups": []}, "precision": "bf16"}
@@ -233,6 +236,32 @@ def test_a_server_that_says_nothing_holds_nobody_up(tmp_path: Path, logged_in: W
     logged_in.mood = "ok"
     train(tmp_path / "it", range(11, 21))
     assert logged_in.run().series("train/loss") == whole(20)
+
+
+@pytest.mark.parametrize("killed", ["the trackers' process", "wandb's own"])
+def test_where_a_process_was_killed_it_is_said_in_the_end_how_its_files_are_sent(tmp_path: Path, killed: str) -> None:
+    values = {"model": "bigmodel", "task": "classification", "data": {"name": "digits", "batch_size": 4}}
+    config = from_dict({**values, "train": {"steps": 100}, "track": {"wandb": "offline"}}).config
+    said: list[str] = []
+    trackers = make_trackers(config, tmp_path, tmp_path / "log", said.append, engine="single", world_size=1)
+    outside = trackers[-1]
+    assert isinstance(outside, Outside)
+    assert outside._process is not None
+    process = psutil.Process(outside._process.pid)
+    row = {"epoch": 0, "loss": 0.5, "lr": [1e-3]}
+    for tracker in trackers:
+        tracker.log({**row, "step": 1})
+    wait_until(lambda: bool(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))), 30)
+    (process if killed != "wandb's own" else process.children()[0]).kill()
+    for step in range(2, 100):
+        for tracker in trackers:
+            tracker.log({**row, "step": step})
+        time.sleep(0.01)
+    for tracker in trackers:
+        tracker.close()
+    assert len(said) == 2
+    assert said[0].endswith("metrics.jsonl has every number")
+    assert f"/*run-*-{(tmp_path / 'wandb_id').read_text().strip()}*" in said[1]
 
 
 @pytest.mark.slow
