@@ -86,8 +86,8 @@ def main() -> None:
             _end(SetupError("the current directory is gone", remedy="go to one that is there: cd"))
         if error.filename is None and has_gone(sys.stdout):
             print_nowhere(1)
-            remedy = "print to a place that takes it"
-            _end(BigtrainError(f"standard output takes nothing: {error.strerror}", remedy=remedy))
+            problem = f"standard output takes nothing: {error.strerror}"
+            _end(BigtrainError(problem, remedy="print to a place that takes it"))
         if error.errno not in _REFUSALS or error.filename is None:
             _show(error)
         remedy = "give a place that you may write to, with room for it"
