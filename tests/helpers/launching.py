@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +177,10 @@ def ranks_of(path: Path) -> list[int]:
     for process in psutil.process_iter(["pid", "cmdline", "ppid", "name"]):
         words = process.info["cmdline"] or []
         if process.info["name"].startswith("bigtrain-"):
-            if any(str(path) in ancestor.cmdline() for ancestor in process.parents()):
-                forked.append(
-                    (int(process.info["name"].removeprefix("bigtrain-")), process.info["pid"], process.info["ppid"])
-                )
+            with suppress(psutil.NoSuchProcess):  # another test's, which ends just now
+                if any(str(path) in ancestor.cmdline() for ancestor in process.parents()):
+                    rank = int(process.info["name"].removeprefix("bigtrain-"))
+                    forked.append((rank, process.info["pid"], process.info["ppid"]))
         elif str(path) in words and "launchers.guarded" in words and "srun" not in words:
             started.append((process.info["pid"], process.info["pid"], process.info["ppid"]))
     found = sorted(forked or started)
