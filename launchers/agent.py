@@ -51,7 +51,7 @@ def _start_tracker() -> None:
 
 
 def _attempt(job: dict[str, Any]) -> dict[str, Any]:
-    """Start the ranks of one attempt and wait for their end: an exit code, and [rank, code] of those that failed."""
+    """Start the ranks of one attempt and wait: an exit code, and [rank, code] of those who ended by themselves."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -78,7 +78,7 @@ def _attempt(job: dict[str, Any]) -> dict[str, Any]:
     try:
         elastic_launch(config, be_rank)({"program": job["program"], "environment": job["environment"]})
     except ChildFailedError:
-        return {"code": 1, "ends": RankProcess.failed()}
+        return {"code": 1, "ends": RankProcess.ended()}
     except Exception:
         traceback.print_exc()
         return {"code": 1, "ends": []}

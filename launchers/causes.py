@@ -61,7 +61,7 @@ def find_cause(attempt: Path, ends: Sequence[RankEnd], code: int, *, step: int |
     with_word = {failure.rank for failure in failures}
     silent = [end for end in ends if end.code < 0] or [end for end in ends if end.rank not in with_word]
     if silent:
-        return _of_death(silent[0], attempt, step)
+        return _of_death(next((end for end in silent if end.code), silent[0]), attempt, step)
     if failures:
         return _of_error(failures[0], debug=debug)
     log = attempt / "logs"
@@ -74,8 +74,11 @@ def _of_death(end: RankEnd, attempt: Path, step: int | None) -> Cause:
         name = signal.Signals(-end.code).name
         words = _last_words(attempt, end.rank) if -end.code == signal.SIGABRT else ""
         said, advice, code = f"was ended by {name}{words}", _advice(-end.code, words), 128 - end.code
-    else:
+    elif end.code:
         said, advice, code = f"ended with exit code {end.code} and left no word", "see that rank's log", end.code
+    else:
+        said, code = "ended with exit code 0 before the run was done, and left no word", 1
+        advice = "look for os._exit, or an exec, in your own code and the libraries that it calls"
     brief = f"rank {end.rank} {said}"
     place = "before the first step" if not step else f"after step {step}"
     text = f"error: rank {end.rank}, {place}, {said}\n  at: {attempt / 'logs'}\n  do: {advice}"

@@ -35,16 +35,16 @@ class RankProcess(ForkServerProcess):
         cls._ranks, cls._known = [], None
 
     @classmethod
-    def failed(cls) -> list[tuple[int, int]]:
-        """(rank, exit code) of those that had failed by themselves."""
+    def ended(cls) -> list[tuple[int, int]]:
+        """(rank, exit code) of those that had ended by themselves, also with 0: that may have been too early."""
         if cls._known is None:
             ends = [(rank, process.exitcode) for rank, process in enumerate(cls._ranks)]
-            cls._known = [(rank, code) for rank, code in ends if code]
+            cls._known = [(rank, code) for rank, code in ends if code is not None]
         return cls._known
 
     def terminate(self) -> None:
         """Ask it to end."""
-        self.failed()
+        self.ended()
         super().terminate()
 
 

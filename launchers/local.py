@@ -8,12 +8,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -23,11 +21,14 @@ from typing import IO
 
 from launchers.guarded import END_OF_ATTEMPT, PRELOAD_VARIABLE, RANK_NAME
 from launchers.plan import LaunchPlan, interpreter
+from launchers.scratch import Scratch
 from launchers.starting import RankEnd, Ranks, children, command_of, end_tree, name_of
 from launchers.supervise import is_finished
 
 # After the first rank has failed, the agent asks the others to end. They are killed after this long.
 _GRACE_SECONDS = 2.0
+# Of a rank that left with 0, and not by Python's own end, the agent would wait for its word for ever.
+_NO_WORD_S = 5.0
 # How long the last lines of an attempt may take to come through.
 _LAST_LINES_S = 2.0
 
@@ -67,7 +68,9 @@ class _LocalRanks:
         self._agent, self._attempt = agent, attempt
         self._asked: set[int] = set()
         self._seen: set[int] = set()
+        self._killed: set[int | None] = set()
         self._gone_at: float | None = None
+        self._all_gone_at: float | None = None
         job = {
             "nproc": plan.nproc,
             "program": plan.program,
@@ -78,9 +81,11 @@ class _LocalRanks:
 
     def poll(self) -> int | None:
         code = self._agent.poll()
-        if code is None:
-            self._end_those_left()
-        return code
+        if code is not None:
+            return code
+        alive = set(self._agent.ranks())
+        self._end_those_left(alive)
+        return self._end_where_none_is_left(alive)
 
     def signal(self, number: int) -> None:
         # The agent itself must not see it: it would give the ranks a few seconds and call it a failure.
@@ -100,18 +105,32 @@ class _LocalRanks:
 
     def ends(self) -> list[RankEnd]:
         # With the two signals the agent ends the others.
-        return [end for end in self._agent.ends() if end.code not in (-signal.SIGTERM, -signal.SIGINT)]
+        ended = [end for end in self._agent.ends() if end.code not in (-signal.SIGTERM, -signal.SIGINT)]
+        return [end for end in ended if not (end.rank in self._killed and end.code == -signal.SIGKILL)]
 
     def close(self) -> None:
         self._agent.wait_for_last_lines()
 
-    def _end_those_left(self) -> None:
+    def _end_where_none_is_left(self, alive: set[int]) -> int | None:
+        """0 some time after all are gone, and nothing was wrong that the agent would have told."""
+        if alive or not self._seen:
+            self._all_gone_at = None
+            return None
+        now = time.monotonic()
+        self._all_gone_at = self._all_gone_at or now
+        if now - self._all_gone_at < _NO_WORD_S:
+            return None
+        self._agent.kill()
+        return 0
+
+    def _end_those_left(self, alive: set[int]) -> None:
         """Kill the others some time after a rank is gone: the agent alone would wait for them for half a minute."""
-        alive = set(self._agent.ranks())
         self._seen |= alive
         if self._gone_at is None and self._seen - alive and not is_finished(self._attempt):
             self._gone_at = time.monotonic()
         if self._gone_at is not None and time.monotonic() - self._gone_at > _GRACE_SECONDS:
+            # The agent did not ask them to end, which it does not where the one that is gone ended with 0.
+            self._killed |= {_rank_of(process) for process in alive}
             self.signal(signal.SIGKILL)
 
 
@@ -119,13 +138,12 @@ class _Agent:
     """The process of `launchers.agent`, and what is said to it and by it."""
 
     def __init__(self, plan: LaunchPlan) -> None:
-        # For a socket, whose path may have 107 characters: a user's TMPDIR can be longer.
-        self._scratch = tempfile.mkdtemp(prefix="bigtrain-agent-", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
+        self._scratch = Scratch()
         self._socket, theirs = socket.socketpair()
         self._socket.setblocking(False)
         inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
         self._process = subprocess.Popen(
-            [interpreter(), "-m", "launchers.guarded", "launchers.agent", str(theirs.fileno()), self._scratch],
+            [interpreter(), "-m", "launchers.guarded", "launchers.agent", str(theirs.fileno()), self._scratch.path],
             env={**inherited, **plan.environment, "PYTHONUNBUFFERED": "1", PRELOAD_VARIABLE: ",".join(plan.preload)},
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
@@ -164,7 +182,7 @@ class _Agent:
         return int(str(self._answer["code"]))
 
     def ends(self) -> list[RankEnd]:
-        """How ranks ended badly, by what the agent says when all of them have ended."""
+        """How ranks ended by themselves, by what the agent says when all of them have ended."""
         self._listen()
         ends = (self._answer or {}).get("ends", [])
         return [RankEnd(rank, code) for rank, code in ends]  # type: ignore[attr-defined]
@@ -188,7 +206,7 @@ class _Agent:
         """End it, and leave nothing behind."""
         self.kill()
         self._socket.close()
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.close()
 
     def wait_for_last_lines(self) -> None:
         """Wait until everything that the ranks of the attempt wrote has come through."""
@@ -227,6 +245,12 @@ class _Agent:
             if self._log is not None:
                 self._log.write(text)
                 self._log.flush()
+
+
+def _rank_of(process: int) -> int | None:
+    """Which rank a process is; None where it is none, or gone."""
+    number = name_of(process).removeprefix(RANK_NAME)
+    return int(number) if number.isdigit() else None
 
 
 def _begun(text: bytes, mark: bytes) -> bytes:

@@ -21,7 +21,7 @@ class RankEnd:
 
     Attributes:
         rank: Which one.
-        code: Its exit code; -N where signal N ended it.
+        code: Its exit code; -N where signal N ended it; 0 where it left before its time.
     """
 
     rank: int
@@ -44,7 +44,7 @@ class Ranks(Protocol):
         """End every rank and everything around them, at once."""
 
     def ends(self) -> list[RankEnd]:
-        """How ranks ended badly, as far as it is known, the first one first."""
+        """How ranks ended, as far as it is known, the first one first; those with 0 may have come to the run's end."""
 
     def close(self) -> None:
         """Tidy up after the end."""

@@ -142,6 +142,7 @@ class Supervisor:
             ranks = self._starter.start(attempt, environment)
             try:
                 code, hung = self._watch(ranks, watch, attempt)
+                early = watch.left_early() if plan.leaves_result and not is_finished(attempt) else set()
                 ends = ranks.ends()
             finally:
                 ranks.kill()
@@ -149,7 +150,10 @@ class Supervisor:
         known = [read_step(step_file(attempt, rank)) for rank in range(plan.num_processes)]
         step = max((step for step in known if step is not None), default=None)
         shutil.rmtree(attempt / "steps", ignore_errors=True)
-        end, cause = self._judge(code, hung, ends or ranks.ends(), attempt, before, step)
+        ends = [end for end in ends or ranks.ends() if end.code or end.rank in early]
+        if code == 0:  # all of them ended so
+            ends = [RankEnd(rank, 0) for rank in sorted(early)]
+        end, cause = self._judge(code, hung, ends, attempt, before, step)
         if attempt.is_dir():
             write_atomically(attempt / "end.json", json.dumps(asdict(end), indent=2) + "\n")
             for name in ("logs", "stacks"):
@@ -186,7 +190,7 @@ class Supervisor:
             outcome = FINISHED
         elif hung is not None:
             outcome = HUNG
-        elif self._interrupt.number is not None or code == 0:
+        elif self._interrupt.number is not None or (code == 0 and not ends):
             outcome = STOPPED
             if read_errors(attempt):
                 cause = find_cause(attempt, ends, code, step=step, debug=self._plan.debug)

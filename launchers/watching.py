@@ -12,7 +12,7 @@ import statistics
 import time
 from dataclasses import dataclass, field
 
-from bigtrain.beats import STARTING, Address, Beat, read_beat
+from bigtrain.beats import FINISHING, STARTING, Address, Beat, read_beat
 
 # A rank that has not spoken for this long is stopped, or holds the interpreter's lock in native code.
 SILENT_S = 3.0
@@ -116,6 +116,13 @@ class Watch:
         """The machine and process of every rank that has spoken."""
         return {seen.rank: (seen.beat.host, seen.beat.pid) for seen in self._ranks if seen.beat is not None}
 
+    def left_early(self) -> set[int]:
+        """The ranks that have not said that they come to their end; all that was said is heard before."""
+        while ready := self._selector.select(0):
+            for key, _ in ready:
+                self._hear(key)
+        return {seen.rank for seen in self._ranks if seen.beat is None or seen.beat.phase != FINISHING}
+
     def has_begun(self) -> bool:
         """Whether any rank has taken its first step in this attempt."""
         return any(not seen.is_starting for seen in self._ranks)
@@ -125,10 +132,7 @@ class Watch:
         deadline = time.monotonic() + timeout_s
         while True:
             for key, _ in self._selector.select(max(0.0, deadline - time.monotonic())):
-                if key.fileobj is self._listener:
-                    self._accept()
-                else:
-                    self._read(key.fileobj, key.data)  # type: ignore[arg-type]
+                self._hear(key)
             if time.monotonic() >= deadline:
                 return
 
@@ -159,6 +163,12 @@ class Watch:
 
     def _limit(self, seen: Seen) -> float | None:
         return self._startup_s if seen.is_starting else self._hang_s
+
+    def _hear(self, key: selectors.SelectorKey) -> None:
+        if key.fileobj is self._listener:
+            self._accept()
+        else:
+            self._read(key.fileobj, key.data)  # type: ignore[arg-type]
 
     def _accept(self) -> None:
         try:

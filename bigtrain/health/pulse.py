@@ -197,11 +197,12 @@ class _Teller:
         try:
             place = (self._address.host, self._address.port)
             with socket.create_connection(place, timeout=_CONNECT_TIMEOUT_S) as connection:
-                while True:
+                is_last = False
+                while not is_last:
+                    is_last = self._done.is_set()  # the last beat says that this rank comes to its end
                     self._fill(beat)
                     connection.sendall(beat.line())
-                    if self._done.wait(INTERVAL_S):
-                        return
+                    self._done.wait(INTERVAL_S)
         except OSError:
             if self._pulse.phase != FINISHING:
                 # No clean-up: it could wait for ranks that have ended.

@@ -70,6 +70,7 @@ class Planted(CausalLM):
     def segfault(self): os.kill(os.getpid(), signal.SIGSEGV)
     def aborts(self): os.abort()
     def exits(self): os._exit(3)
+    def leaves(self): os._exit(0)
     def raises(self): raise ZeroDivisionError("planted")
     def no_memory(self): raise MemoryError("planted")
     def network(self): raise ConnectionResetError("planted")

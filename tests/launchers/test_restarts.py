@@ -63,10 +63,11 @@ DEATHS = [
     ("aborts", 1, "rank 1 was ended by SIGABRT"),
     ("exits", 0, "rank 0 ended with exit code 3 and left no word"),
     ("network", 1, "ConnectionResetError: planted"),
+    ("leaves", 1, "rank 1 ended with exit code 0 before the run was done, and left no word"),
 ]
 
 
-@pytest.mark.parametrize(("what", "rank", "cause"), DEATHS if IS_FULL else DEATHS[3:4])
+@pytest.mark.parametrize(("what", "rank", "cause"), DEATHS if IS_FULL else [DEATHS[3], DEATHS[5]])
 def test_a_dead_rank_is_named_and_the_run_goes_on(
     tmp_path: Path, whole: list[dict[str, object]], what: str, rank: int, cause: str
 ) -> None:
@@ -78,6 +79,15 @@ def test_a_dead_rank_is_named_and_the_run_goes_on(
     assert f"rank {rank}, after step " in done.stderr
     assert "starting again from " in done.stdout
     assert numbers(tmp_path / "runs/it") == whole
+
+
+def test_a_rank_alone_that_leaves_with_0_is_no_stop(tmp_path: Path) -> None:
+    plant(tmp_path, "leaves", 0)
+    path = run_file(tmp_path, plant=True, train={"steps": 20})
+    done = bigtrain(tmp_path, "launch", str(path), "--nproc=1", timeout_s=60)
+    assert done.returncode == 0, done.stderr
+    assert end_of(tmp_path)["cause"] == "rank 0 ended with exit code 0 before the run was done, and left no word"
+    assert end_of(tmp_path, 1)["outcome"] == "finished"
 
 
 @pytest.mark.parametrize("kind", ["a pipe that nobody reads", "a full disk"])

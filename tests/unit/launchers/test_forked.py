@@ -41,7 +41,7 @@ def test_it_is_the_program_as_if_that_had_been_started_by_itself(tmp_path, monke
     assert multiprocessing.get_start_method() == usual
 
 
-def test_who_had_failed_before_the_others_were_asked_to_end_is_known():
+def test_who_had_ended_before_the_others_were_asked_to_end_is_known():
     RankProcess.begin()
     ranks = [RankProcess(target=target, args=args) for target, args in ((time.sleep, (60,)), (os._exit, (3,)))]
     ranks.append(RankProcess(target=os.kill, args=(os.getpid(), 0)))  # ends well
@@ -52,7 +52,7 @@ def test_who_had_failed_before_the_others_were_asked_to_end_is_known():
     ranks[0].terminate()
     ranks[0].join()
     assert ranks[0].exitcode == -signal.SIGTERM
-    assert RankProcess.failed() == [(1, 3)]
+    assert RankProcess.ended() == [(1, 3), (2, 0)]
 
 
 def test_a_rank_that_was_killed_is_known_when_nobody_was_left_to_be_asked():
@@ -61,4 +61,4 @@ def test_a_rank_that_was_killed_is_known_when_nobody_was_left_to_be_asked():
     rank.start()
     rank.kill()
     rank.join()
-    assert RankProcess.failed() == [(0, -signal.SIGKILL)]
+    assert RankProcess.ended() == [(0, -signal.SIGKILL)]
