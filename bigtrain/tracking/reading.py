@@ -26,6 +26,7 @@ from bigtrain.tracking.base import flat, kind_of
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
 _ORDER = {"train": 0, "eval": 1}
+_LARGEST_STEP = 2**63 - 1  # what an array of steps holds
 
 
 class Series(NamedTuple):
@@ -248,7 +249,7 @@ def _read_lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
     for line in lines[:-1]:  # what follows the last newline was cut off, or is being written now
         try:
             row = json.loads(line)
-            if isinstance(row["step"], int):
+            if isinstance(row["step"], int) and 0 <= row["step"] <= _LARGEST_STEP:
                 yield from_json(row) if b"nan" in line or b"inf" in line else row
                 continue
         except (ValueError, KeyError, TypeError):

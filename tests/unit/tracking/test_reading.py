@@ -161,3 +161,11 @@ def test_a_full_disk_is_said_once_and_lines_wait(tmp_path: Path) -> None:
         assert len(said) == 1
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_step_that_no_array_holds_is_damage(tmp_path: Path) -> None:
+    rows = ({"step": step, "epoch": 0, "loss": 0.5} for step in (-5, 1, 10**30))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = load_run(tmp_path)
+    assert run.metrics["train/loss"].steps.tolist() == [1]
+    assert any("2 lines of metrics.jsonl are damaged" in problem for problem in run.problems)
