@@ -66,7 +66,7 @@ def standing(path: Path) -> Standing:
     start = read_json(started[-1] / "start.json") if started else {}
     end = read_json(started[-1] / "end.json") if started else {}
     last = _last_row(path / "metrics.jsonl", lambda row: "loss" in row)
-    step, loss = (last.get("step"), float(last["loss"])) if last else (None, None)
+    step, loss = (last.get("step"), _number(last["loss"], float("nan"))) if last else (None, None)
     job = job_of(path)
     queued = state_of(job) if job else None
     where = f"job {job}" if job else _place(start)
@@ -110,7 +110,7 @@ def _changed(job: JobState, start: dict[str, Any], path: Path) -> float:
 def _of_one_process(path: Path, step: int | None, loss: float | None) -> Standing:
     """How a start without a launcher ended, by what it said last."""
     said = _last_row(path / "metrics.jsonl", lambda row: row.get("event") in ("start", "stop", "failure")) or {}
-    since = float(said.get("time", path.stat().st_mtime))
+    since = _number(said.get("time"), path.stat().st_mtime)
     if said.get("event") == "failure":
         return Standing("failed", "", since, step, loss, str(said.get("text")), 1)
     if said.get("event") == "stop":
@@ -118,6 +118,14 @@ def _of_one_process(path: Path, step: int | None, loss: float | None) -> Standin
     return Standing(
         BROKEN_OFF, "", since, step, loss, "it ended without a word: its process was killed, or the disk was full", 1
     )
+
+
+def _number(value: Any, otherwise: float) -> float:
+    """A number of a row, which may be damaged: a list of runs is made all the same."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return otherwise
 
 
 def _last_row(metrics: Path, is_it: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:

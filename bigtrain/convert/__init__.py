@@ -51,7 +51,11 @@ def convert(path: str | Path, *, kind: str | None = None, processes: int = 1) ->
     if kind not in KINDS:
         raise UserError(f"there is no kind {kind!r}", where="--kind", remedy=f"take one of {', '.join(KINDS)}")
     found = Found(kind)
-    KINDS[kind](values, found, processes)
+    try:
+        KINDS[kind](values, found, processes)
+    except (AttributeError, TypeError, ValueError) as error:  # values of any form may stand in another library's file
+        remedy = f"correct the file; {kind} itself would not take it"
+        raise UserError(f"{path} holds a value of another form than {kind} has: {error}", remedy=remedy) from error
     return found
 
 

@@ -115,7 +115,7 @@ class RunRecord:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The resolved run file's values by dotted key."""
-        return dict(_flattened(self.values))
+        return dict(_flattened(self.values)) if self.values else {}
 
     @cached_property
     def metrics(self) -> Metrics:

@@ -231,6 +231,8 @@ def test_training_arguments_as_transformers_writes_them() -> None:
         ("x.json", b"{", "is neither JSON nor YAML"),
         ("x.yaml", b"- 1\n", "holds no keys"),
         ("x.json", b'{"a": 1}', "looks like no configuration that is known"),
+        ("x.json", b'{"zero_optimization": 3}', "holds a value of another form than deepspeed has"),
+        ("x.json", b'{"zero_optimization": {}, "gradient_clipping": "some"}', "could not convert string to float"),
         ("training_args.bin", b"\x80\x02\xff\xfe", "a pickle such as training_args.bin is not read"),
     ],
 )

@@ -156,3 +156,11 @@ def test_a_report_of_a_run_whose_name_is_no_text(folder: Path) -> None:
     page = write_report(folder / name).read_text(encoding="utf-8")
     assert "??bad" in page
     assert "1 line of metrics.jsonl are damaged" in page
+
+
+def test_a_run_whose_numbers_are_damaged_is_listed_with_the_others(folder: Path) -> None:
+    for name, row in (("good", '"loss": 0.5'), ("bad", '"loss": null'), ("worse", '"event": "start", "time": "x"')):
+        (folder / "runs" / name / "attempts/0/logs").mkdir(parents=True)
+        (folder / "runs" / name / "metrics.jsonl").write_text(f'{{"step": 3, "epoch": 0, {row}}}\n')
+    listed = bigtrain(folder, "runs", "list").splitlines()
+    assert {line.split()[0] for line in listed[1:]} == {"good", "bad", "worse"}

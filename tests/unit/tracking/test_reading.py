@@ -169,3 +169,8 @@ def test_a_step_that_no_array_holds_is_damage(tmp_path: Path) -> None:
     run = load_run(tmp_path)
     assert run.metrics["train/loss"].steps.tolist() == [1]
     assert any("2 lines of metrics.jsonl are damaged" in problem for problem in run.problems)
+
+
+def test_a_run_without_its_run_file_has_no_settings(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 0, "loss": 0.5}\n')
+    assert load_run(tmp_path).settings == {}
