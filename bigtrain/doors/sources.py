@@ -22,7 +22,7 @@ from bigtrain.state import WEIGHT, Box, TensorSpec
 Key = tuple[str, str]
 
 _INDEX, _SINGLE, _CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
-_PEFT = "adapter_config.json"
+_PEFT = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _LARGEST_JSON = 64 << 20
 
 
@@ -98,7 +98,7 @@ def _open_folder(path: Path, *, as_gpt: bool) -> ForeignReader:
         )
     if (path / "pytorch_model.bin").exists():
         return open_weights(path / "pytorch_model.bin")
-    if (path / _PEFT).exists():
+    if any((path / name).exists() for name in _PEFT):
         raise CheckpointError(
             f"{path} holds an adapter of peft, and not the model that it belongs to",
             remedy="begin with that model; or merge the two first, in Python:\n"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,11 @@ def plain_name(name: str) -> str:
 def is_adapter(name: str) -> bool:
     """Whether a parameter is an adapter's."""
     return name.endswith((_FIRST, _SECOND))
+
+
+def is_of_peft(names: Sequence[str]) -> bool:
+    """Whether these are the names in a file that peft has written: an adapter alone."""
+    return any(".lora_" in name for name in names) and all(name.startswith("base_model.model.") for name in names)
 
 
 def pair_of(name: str) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from bigtrain.doors import ForeignReader, open_weights
 from bigtrain.doors.base import Base, Left, digests_of
 from bigtrain.doors.names import OUTPUT, gpt_args, is_llama
 from bigtrain.errors import BigtrainError, CheckpointError, CorruptError, ReadError, StateError
-from bigtrain.finetune.adapters import is_adapter, plain_name
+from bigtrain.finetune.adapters import is_adapter, is_of_peft, plain_name
 from bigtrain.models.gpt import GPT
 from bigtrain.pretrained.finding import check_folder, find_weights
 from bigtrain.pretrained.matching import Key, LoadReport, match, shown
@@ -93,6 +93,12 @@ def _match(
             where="finetune.init_from",
             remedy="merge it first (bigtrain ckpt export --to safetensors; merge_and_unload of peft); or give the run\n"
             'the same finetune.adapter; or leave the adapter out: finetune.ignore: ["*.lora_*"]',
+        )
+    if is_of_peft([name for _, name in theirs]) and not config.finetune.remap:
+        raise StateError(
+            f"{source} holds an adapter of peft, and not the model that it belongs to",
+            where="finetune.init_from",
+            remedy="begin with that model; or merge the two first, in Python (merge_and_unload of peft)",
         )
     ours = {(kind, plain_name(name)): (kind, name) for kind, name in specs if has_adapter or not is_adapter(name)}
     sources, report = match(

@@ -15,7 +15,7 @@ import bigtrain
 from bigtrain.checkpoint import open_checkpoint
 from bigtrain.cli import app
 from bigtrain.doors.exporting import export
-from bigtrain.errors import CheckpointError, DataError, ModelError, StateError, UserError
+from bigtrain.errors import BigtrainError, CheckpointError, DataError, ModelError, StateError, UserError
 from bigtrain.evaluating import find_checkpoint, opened
 from tests.helpers import hugging_face as made
 
@@ -154,9 +154,13 @@ def test_an_adapters_folder_is_no_model(place: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(place / "llama")
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     settings = made.run_file(place, place / "llama", run={"name": "adapter", "dir": str(tmp_path / "runs")})
-    settings["finetune"] = {**settings.get("finetune", {}), "init_from": str(tmp_path / "adapter")}
-    with pytest.raises(CheckpointError, match="holds an adapter of peft, and not the model"):
-        bigtrain.train(settings)
+    for place_of_adapter in ("adapter", "adapter/adapter_model.safetensors", "alone"):
+        if place_of_adapter == "alone":  # as it is where only the large file was copied
+            (tmp_path / "adapter/adapter_config.json").unlink()
+            (tmp_path / "adapter").rename(tmp_path / "alone")
+        settings["finetune"] = {**settings.get("finetune", {}), "init_from": str(tmp_path / place_of_adapter)}
+        with pytest.raises(BigtrainError, match="holds an adapter of peft, and not the model"):
+            bigtrain.train(settings)
 
 
 def test_another_number_of_classes_replaces_the_head(place: Path) -> None:
