@@ -26,6 +26,7 @@ from bigtrain.tracking.console import Console
 from bigtrain.tracking.making import make_trackers
 from bigtrain.tracking.mfu import Derived, Utilisation, utilisation
 from bigtrain.tracking.repro import write_repro
+from bigtrain.tracking.wording import decimal
 from bigtrain.trainer import Training
 
 # Larger results (the confusion matrix of thousands of classes) do not go into result.json.
@@ -142,7 +143,7 @@ def finish_telling(
             **({"class_names": training.class_names} if training.class_names else {}),
         }
     )
-    scores = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items() if isinstance(value, float))
+    scores = "  ".join(f"{name} {decimal(value)}" for name, value in numbers.items() if isinstance(value, float))
     telling.say(
         f"done: {outcome.steps} steps, {outcome.samples} samples" + (f"\nevaluation: {scores}" if scores else "")
     )

@@ -27,6 +27,7 @@ def list_runs(
     ] = None,
 ) -> None:
     """List the runs of a folder, the newest first."""
+    from bigtrain.tracking.wording import decimal
     from launchers.follow import standing
 
     paths = [path for path in folder.glob("*") if (path / "attempts").is_dir()] if folder.is_dir() else []
@@ -40,9 +41,9 @@ def list_runs(
     added = [] if sort is None or sort.removeprefix("train/") == "loss" else [sort]
     rows: list[tuple[str, ...]] = [("name", "state", "step", "loss", *added, "since", "where")]
     for found, path in stands:
-        numbers = ["" if found.step is None else str(found.step), "" if found.loss is None else f"{found.loss:.4f}"]
+        numbers = ["" if found.step is None else str(found.step), "" if found.loss is None else decimal(found.loss)]
         if added:
-            numbers.append(f"{values[path]:.4f}" if path in values else "")
+            numbers.append(decimal(values[path]) if path in values else "")
         rows.append((path.name, found.state, *numbers, _time(found.since), found.where))
     _table(rows)
 

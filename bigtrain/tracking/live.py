@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from bigtrain.tracking.wording import duration, rates, size
+from bigtrain.tracking.wording import decimal, duration, rates, size
 
 # Drawing takes a millisecond or two, which may be as long as a step; nobody reads faster than this.
 SECONDS_BETWEEN_DRAWINGS = 0.25
@@ -95,11 +95,11 @@ class View:
         row = self._row
         if not row:
             return
-        yield Text.assemble(("loss ", "dim"), (f"{row['loss']:.4f}", "bold"))
+        yield Text.assemble(("loss ", "dim"), (decimal(row["loss"]), "bold"))
         if width >= 60 and (line := self._losses.line(24 if width < 100 else 32)) and self._can_show(line):
             yield Text(line, style="cyan")
-        for name, value in list(self._scores.items())[:2]:
-            yield Text.assemble((f"{name} ", "dim"), f"{value:.4f}")
+        for name, score in list(self._scores.items())[:2]:
+            yield Text.assemble((f"{name} ", "dim"), decimal(score))
         yield Text.assemble(("lr ", "dim"), rates(row["lr"]))
         yield Text.assemble(("norm ", "dim"), f"{row['grad_norm']:.3g}")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 def numbers(row: Mapping[str, Any], total_steps: int) -> str:
     """The numbers of a step in a line, those that matter most first."""
-    parts = [f"step {row['step']}/{total_steps}", f"loss {row['loss']:.4f}"]
+    parts = [f"step {row['step']}/{total_steps}", f"loss {decimal(row['loss'])}"]
     if "tokens_per_s" in row:
         parts.append(f"{row['tokens_per_s']:,.0f} tokens/s")
     else:
@@ -21,7 +21,7 @@ def numbers(row: Mapping[str, Any], total_steps: int) -> str:
 
 def evaluation(row: Mapping[str, Any]) -> str:
     """The numbers of an evaluation in a line."""
-    shown = [f"{name} {value:.4f}" for name, value in scores(row).items()]
+    shown = [f"{name} {decimal(score)}" for name, score in scores(row).items()]
     return f"epoch {row['epoch'] + 1}, step {row['step']}: evaluation  " + "  ".join(shown)
 
 
@@ -38,6 +38,11 @@ def event(row: Mapping[str, Any]) -> str | None:
     if row["event"] in ("phase", "phase proved", "rollback", "spike", "warning", "early stop") and "text" in row:
         return f"step {row['step']}: {row['event']}: {row['text']}"
     return None
+
+
+def decimal(number: float) -> str:
+    """A loss or a score: with four places, unless it is so small or large that these would say nothing."""
+    return f"{number:.4f}" if number == 0 or 1e-3 <= abs(number) < 1e6 else f"{number:.4g}"
 
 
 def rates(lrs: Sequence[float]) -> str:

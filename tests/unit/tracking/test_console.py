@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from bigtrain.tracking import wording
 from bigtrain.tracking.console import Console
 from bigtrain.tracking.live import Losses
 from tests.helpers.wandb_server import wait_until
@@ -192,3 +193,12 @@ def test_a_sparkline_is_of_the_whole_run() -> None:
     assert len(losses._means) < 256
     losses.add(float("nan"))
     assert Losses().line(24) == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"), [(0.5, "0.5000"), (0.0, "0.0000"), (3e-6, "3e-06"), (-1e30, "-1e+30"), (float("nan"), "nan")]
+)
+def test_a_loss_that_is_small_or_large_is_seen(number: float, shown: str) -> None:
+    row = {"step": 1, "loss": number, "epoch": 0, "lr": [0.1], "grad_norm": 1.0, "samples_per_s": 5.0}
+    assert f"loss {shown}  " in wording.numbers(row, 10)
+    assert wording.evaluation({"step": 1, "epoch": 0, "eval/loss": number}).endswith(f"  loss {shown}")
