@@ -184,7 +184,7 @@ def _draw(line: Line, scale: _Scale) -> str:
     else:
         drawn = _path(thinned(line.x, line.y), scale, f"line faint c{line.color}")
         drawn += _path(thinned(line.x, smoothed(line.y, window), 300), scale, f"line c{line.color}")
-    if line.has_dots and len(line.x) <= 60:
+    if (line.has_dots and len(line.x) <= 60) or len(line.x) == 1:  # of one point there is no line to see
         # A line of no length with round ends is a dot that stretching leaves round.
         places = zip(scale.x_of(line.x), scale.y_of(line.y), strict=True)
         dots = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in places if math.isfinite(y))

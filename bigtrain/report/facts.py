@@ -79,7 +79,7 @@ def headline(run: RunRecord) -> str:
         f"{get('precision', 'fp32')}",
     ]
     if run.rows:
-        parts.append(f"{run.step:,} steps")
+        parts.append(f"{run.step:,} step{'s' if run.step != 1 else ''}")
         if began := run.rows[0].get("time"):
             parts.append(moment(began))
     return " · ".join(escape(part) for part in parts)

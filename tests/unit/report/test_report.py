@@ -9,11 +9,13 @@ import time
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bigtrain import lease
 from bigtrain.failures import write_error
 from bigtrain.report import report, write_report
+from bigtrain.report.charts import Chart, Line
 from bigtrain.report.comparison import compare
 from bigtrain.report.words import num_bytes, number, seconds, short
 from bigtrain.tracking.reading import load_run
@@ -212,3 +214,9 @@ def test_what_is_not_a_number_is_never_the_best(tmp_path: Path) -> None:
     assert "best 0.75 at step 20" in text
     assert not any(f"best {word}" in text for word in ("nan", "inf", "-inf"))
     assert "2 values of eval/loss not finite" in text
+
+
+def test_a_line_of_one_point_is_a_dot() -> None:
+    one, two = (Line("loss", np.arange(count) + 1.0, np.ones(count)) for count in (1, 2))
+    assert 'class="dots' in Chart("loss", [one]).html()
+    assert 'class="dots' not in Chart("loss", [two]).html()
