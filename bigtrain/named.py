@@ -50,7 +50,11 @@ def load(spec: str, *, error: type[UserError], where: str) -> Any:
     """
     module_name, _, attribute = spec.partition(":")
     if not (module_name and attribute):
-        raise error(f"{spec!r} is not of the form package.module:name", where=where)
+        raise error(
+            f"{spec!r} is not of the form package.module:name",
+            where=where,
+            remedy="write the module's dotted path, a colon and the name in it",
+        )
     if module_name == "given":  # how an object stands in a run file (`bigtrain.train`)
         raise error(
             f"the run was given {attribute} as an object, which no name leads to",

@@ -153,7 +153,11 @@ def _find_class(name: str) -> type[torch.optim.Optimizer]:
         return _BUILT_IN[name]
     cls: Any = load(name, error=UserError, where="optim.name")
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
-        raise UserError(f"{name!r} is not a torch.optim.Optimizer class", where="optim.name")
+        raise UserError(
+            f"{name!r} is not a torch.optim.Optimizer class",
+            where="optim.name",
+            remedy="name a class derived of torch.optim.Optimizer (docs/extending.md has an example)",
+        )
     _, *given = inspect.signature(cls.step).parameters.values()  # the first is self
     needed = [p.name for p in given if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD]
     if needed:

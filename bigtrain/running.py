@@ -86,7 +86,7 @@ def train(
 
     Args:
         config: A run file's path, its contents as a mapping, or what `load_config` returned.
-        overrides: `key=value`, as on the command line.
+        overrides: `key=value`, as on the command line; several, or one alone.
         model: A module, or a function that makes one, instead of `model.name`.
         data: A dataset, or a pair to train and to evaluate on, instead of `data.name`.
         task: A task instead of `task.name`.
@@ -130,13 +130,14 @@ def resolve(
     if isinstance(config, Resolved):
         config = config.config
     if isinstance(config, Config):
-        return from_dict(config.model_dump(), overrides).config if overrides else config
+        changes = [overrides] if isinstance(overrides, str) else overrides
+        return from_dict(config.model_dump(), changes).config if changes else config
     named = [
         f"{section}.name=given:{_type_name(value)}"
         for section, value in (("model", subject.model), ("data", subject.data), ("task", subject.task))
         if value is not None
     ]
-    changes = (*named, *overrides)
+    changes = (*named, *([overrides] if isinstance(overrides, str) else overrides))
     return (from_dict(config, changes) if isinstance(config, Mapping) else load(config, changes)).config
 
 
@@ -149,7 +150,7 @@ def _train(config: Config, subject: Subject, hooks: Sequence[Hook], failing: Fai
     failing.rank = int(os.environ.get("RANK", 0))
     if failing.rank == 0:
         runs.check_free(config.run.dir, config.run.name, allowed_for(config))
-        check_trackers(config)
+    check_trackers(config)  # on every rank: what it imports is code that `check_same` compares
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     engine, _ = engines.choose(config.engine.name, num_processes)
     recorder, path, pulse = Graph(config), Path(config.run.dir, config.run.name), Pulse()

@@ -64,6 +64,9 @@ def nearest_keys(
         count: How many at most.
     """
     ranked = _ranked(wrong, here, given)
+    if not ranked and wrong not in {key.name for key in everywhere}:
+        # `epoch` for at_epoch, `r` for rank: said of this section rather than of a far one.
+        ranked = [(3.0, key) for key in here if key.name.startswith(wrong) or wrong in key.name.split("_")]
     ranked += [(0.5, key) for key in everywhere if key.name == wrong]
     if not ranked:
         ranked = _ranked(wrong, everywhere, ())

@@ -188,6 +188,8 @@ def checked(dataset: Any, name: str, *, where: str) -> Dataset:
     kind = type(dataset).__name__
     if isinstance(dataset, DataLoader) or (isinstance(dataset, Mapping) and 0 not in dataset):
         _refuse_container(dataset, where)
+    if dataset is None:
+        raise DataError(f"{name} returned nothing", where=where, remedy="let it return a dataset")
     try:
         length = None if isinstance(dataset, IterableDataset) else len(dataset)
     except (TypeError, NotImplementedError):

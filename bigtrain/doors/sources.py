@@ -14,6 +14,7 @@ from bigtrain.checkpoint import CheckpointReader, find
 from bigtrain.checkpoint.files import DISK, Files
 from bigtrain.checkpoint.manifest import MANIFEST
 from bigtrain.checkpoint.shards import TORCH_DTYPES
+from bigtrain.data.paths import missing
 from bigtrain.doors import names
 from bigtrain.doors.base import Base, Left, base_of, digests_in
 from bigtrain.errors import CheckpointError, CorruptError, ReadError, StateError
@@ -67,7 +68,8 @@ def open_weights(path: str | Path, *, allow_pickle: bool = False, as_gpt: bool =
     if path.is_dir():
         return _open_folder(path, as_gpt=as_gpt)
     if not path.is_file():
-        raise CheckpointError(f"there is no file or folder {path}", remedy="give the path of a checkpoint or weights")
+        remedy = missing(path, "the path of a checkpoint, a run's folder or weights", where="").remedy
+        raise CheckpointError(f"there is no file or folder {path}", remedy=remedy)
     if path.suffix == ".safetensors":
         return SafetensorsReader(path, [path], lambda name: name)
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):

@@ -267,8 +267,8 @@ def _refuse(report: LoadReport, problems: Sequence[str], config: schema.Finetune
         + rest,
         where="finetune.init_from",
         remedy="say what begins anew (finetune.new), what has another name in the file (finetune.remap: {theirs.*: "
-        "ours.*}),\nof what a part is taken (finetune.resize), or how much is enough (finetune.min_coverage).\n"
-        + (f"Of the file's own nothing was used: {shown(report.ignored)}" if report.ignored else "")
+        "ours.*}),\nof what a part is taken (finetune.resize), or how much is enough (finetune.min_coverage)."
+        + (f"\nOf the file's own nothing was used: {shown(report.ignored)}" if report.ignored else "")
         + _same_below([problem.partition(" ")[0] for problem in problems], () if config.remap else theirs),
     )
 

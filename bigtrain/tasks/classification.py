@@ -242,7 +242,8 @@ class Classification:
         if self.ignore_index is None and there and known and there > known:
             names = [str(name) for name in getattr(dataset, "class_names", None) or range(there)]
             raise DataError(
-                f"the data have {there} classes and the model {known} outputs: the head does not know "
+                f"the data have {there} classes and the model {known} output{'' if known == 1 else 's'}: "
+                f"the head does not know "
                 f"{', '.join(map(repr, names[known : known + 3]))}{' …' if there > known + 3 else ''}",
                 where="model.args.num_classes",
                 remedy=f"set model.args.num_classes={there}, or take data of fewer classes; theirs are:\n"

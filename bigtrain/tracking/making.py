@@ -76,10 +76,17 @@ def check_trackers(config: Config) -> None:
     """Find every tracker that the run file names, before anything of the run is there.
 
     Raises:
-        UserError: Where one cannot be found.
+        UserError: Where one cannot be found, or is a class without the two methods.
     """
     for tracker in config.track.trackers:
-        load(tracker.name, error=SetupError, where="track.trackers")
+        factory = load(tracker.name, error=SetupError, where="track.trackers")
+        lacking = [method for method in ("log", "close") if not hasattr(factory, method)]
+        if isinstance(factory, type) and lacking:
+            raise SetupError(
+                f"the tracker {tracker.name} has no {' and no '.join(lacking)}",
+                where="track.trackers",
+                remedy="give it log(row), which takes a mapping, and close()",
+            )
     if config.track.tensorboard:
         _check_tensorboard()
 

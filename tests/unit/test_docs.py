@@ -76,6 +76,15 @@ def test_own_model_data_and_task_in_two_processes(examples: Path) -> None:
 
 
 @pytest.mark.slow
+def test_own_optimizer_from_one_engine_to_another(examples: Path) -> None:
+    changes = ("optim.name=my_optimizer:Sign", "optim.args={momentum: 0.8}", "run.name=sign")
+    start = ("-m", "bigtrain", "launch", "run.yaml", "--nproc=2", *changes)
+    run(examples, *start, "engine.name=fsdp", "train.epochs=1")
+    out = run(examples, *start, "engine.name=deepspeed", "engine.deepspeed.stage=2", "train.epochs=2")
+    assert "going on from step 12, saved by fsdp on 2 processes" in out
+
+
+@pytest.mark.slow
 def test_own_metrics_are_the_same_in_one_process_and_in_two(examples: Path) -> None:
     measured = []
     for name, *command in (("alone", "train"), ("both", "launch", "--nproc=2")):

@@ -272,10 +272,18 @@ def test_a_loss_that_is_no_sum_is_told(config, change, said, engine):
         train(config, (f"engine={engine}",), task=Changed())
 
 
+def test_an_override_alone_is_an_override(config):
+    assert len([row for row in train(config, "train.epochs=1").history() if "eval/loss" in row]) == 1
+
+
 def test_what_is_no_run_file_is_refused():
     for given in (None, [1], 3):
         with pytest.raises(ConfigError, match="described by a run file's path or by a mapping"):
             bigtrain.train(given, model=Net)  # type: ignore[arg-type]
+
+
+def nothing(split: str) -> None:
+    """A factory that forgets to return its dataset."""
 
 
 class Tally:
@@ -431,6 +439,12 @@ def test_a_run_that_was_stopped_is_not_finished(config):
         ({}, ["finetune.freeze=[tail.*]"], PatternError, "'tail.*' matches no parameter"),
         ({}, ["optim.args.betas=[2, 0.9]"], UserError, "Invalid beta parameter"),
         ({"data": (Points(), [])}, [], DataError, "empty"),
+        (
+            {"data": None},
+            ["data.name=tests.unit.test_running:nothing"],
+            DataError,
+            "test_running:nothing returned nothing",
+        ),
     ],
 )
 def test_a_users_error_creates_nothing(config, tmp_path, given, overrides, error, said):

@@ -98,6 +98,19 @@ def test_a_key_that_resembles_nothing_is_answered_with_what_there_is():
     assert problem.remedy == "eval takes every_epochs, every_steps, max_batches, early_stop"
 
 
+@pytest.mark.parametrize(
+    ("section", "wrong", "meant"),
+    [
+        ({"unfreeze": [{"epoch": 1, "match": "a"}]}, "finetune.unfreeze.0.epoch", "finetune.unfreeze.0.at_epoch"),
+        ({"adapter": {"r": 4, "targets": "a"}}, "finetune.adapter.r", "finetune.adapter.rank"),
+    ],
+)
+def test_a_part_of_a_keys_name_is_understood_in_its_own_section(section, wrong, meant):
+    problem = problem_of({**SMALLEST, "finetune": section})
+    assert problem.text == f"there is no key {wrong}"
+    assert problem.suggestions[0] == meant
+
+
 def test_a_dotted_key_in_a_file_is_to_be_nested():
     problem = problem_of({**SMALLEST, "optim.schedule.name": "cosine"})
     assert problem.remedy == "nest it: optim: {schedule: {name: …}}"

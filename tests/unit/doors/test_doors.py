@@ -447,3 +447,10 @@ def test_where_nothing_can_be_written_is_a_clear_error(checkpoint, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     with open_checkpoint(checkpoint) as reader, pytest.raises(CheckpointError, match="is there already"):
         export(reader, tmp_path / "link", "safetensors")
+
+
+def test_a_mistyped_path_names_what_lies_near(tmp_path):
+    (tmp_path / "resnet18.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError) as caught:
+        open_weights(tmp_path / "resnet19.pt")
+    assert f"the path is right up to {tmp_path}, which holds resnet18.pt" in caught.value.remedy

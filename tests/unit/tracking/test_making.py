@@ -64,6 +64,16 @@ def test_one_that_is_not_there_is_found_out_before_anything_is_made(tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_one_without_the_two_methods_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "half_tracker.py").write_text("class Half:\n    def log(self, row): ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(SetupError, match="the tracker half_tracker:Half has no close"):
+        bigtrain.train(config(tmp_path, trackers=["half_tracker:Half"]))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_wandb_disabled_and_nothing_else_needs_no_process(tmp_path: Path) -> None:
     run = bigtrain.train(config(tmp_path, wandb="disabled"))
     assert not (run.path / "wandb_id").exists()
@@ -74,9 +84,14 @@ def test_wandb_disabled_and_nothing_else_needs_no_process(tmp_path: Path) -> Non
 def test_only_rank_0_has_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     file = tmp_path / "it.yaml"
-    file.write_text(json.dumps(config(tmp_path, wandb="auto")))
+    # A tracker of the user's own: its module is the user's code, which ranks compare before they begin.
+    (tmp_path / "counting.py").write_text(
+        "class Count:\n    def log(self, row): open('rows', 'a').write('x')\n    def close(self): ...\n"
+    )
+    file.write_text(json.dumps(config(tmp_path, wandb="auto", trackers=["counting:Count"])))
     command = [sys.executable, "-m", "bigtrain", "launch", str(file), "--nproc=2", "engine.name=ddp"]
-    subprocess.run(command, check=True, timeout=120, cwd=Path(__file__).parents[3], capture_output=True)
+    subprocess.run(command, check=True, timeout=120, cwd=tmp_path, capture_output=True)
+    assert len((tmp_path / "rows").read_text()) == 14
     folder = tmp_path / "runs" / "it"
     assert len(list((folder / "wandb").glob("*run-*"))) == 1
     assert (
