@@ -107,9 +107,7 @@ def live_holder(folder: Path, owner: str | None = None) -> str | None:
         return words if is_alive and is_same else None
     try:
         age = _clock_of(folder) - (folder / LEASE).stat().st_mtime
-        if (
-            age < -_RENEW_EVERY_S
-        ):  # the clock has gone back: who lives renews it, and a dead one lapses
+        if age < -_RENEW_EVERY_S:  # the clock has gone back: who lives renews it, and a dead one lapses
             os.utime(folder / LEASE)
             age = 0.0
     except OSError:
