@@ -97,6 +97,10 @@ def _check_model(thing: _Thing) -> Iterator[Problem]:
         yield from _check_arguments(thing, catalogue.HUGGING_FACE_MODEL, 1)
     elif not name.startswith(catalogue.TIMM):
         others = "torchvision/<builder>, timm/<model>, hf/<folder>, or pkg.mod:factory for your own"
+        if name in sources.torchvision_builders():
+            listed = ", ".join([*catalogue.MODELS, others])
+            yield thing.problem(f"{name} is not a model", (catalogue.TORCHVISION + name,), f"take {listed}")
+            return
         yield from _check_ours(thing, catalogue.MODELS, "a model", others)
 
 

@@ -14,6 +14,9 @@ from bigtrain.config.nearest import nearest_keys, nearest_words
 from bigtrain.config.nodes import Node
 from bigtrain.errors import Problem
 
+# What other tools call it.
+_ELSEWHERE = {"gpu": "cuda", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64", "zero": "deepspeed"}
+
 
 def explain(error: ValidationError, tree: Node) -> list[Problem]:
     """One problem for each place at which the values of the tree do not fit the schema."""
@@ -110,7 +113,10 @@ def _misfit(kind: str, path: Path, node: Node, detail: Mapping[str, Any]) -> Pro
     if kind == REFUSED:
         return Problem(f"{shown} {detail['msg']}", node.origin, name, (), detail["ctx"]["remedy"])
     assert field is not None  # pydantic only finds fault with fields
-    near = nearest_words(value, _words(field.annotation)) if isinstance(value, str) else []
+    words = _words(field.annotation)
+    near = nearest_words(value, words) if isinstance(value, str) else []
+    if isinstance(value, str) and _ELSEWHERE.get(value) in words:
+        near = [_ELSEWHERE[value]]
     takes = keys.kind_of(field.annotation, field.metadata)
     quote = "; put it in quotes" if "text" in takes and isinstance(value, bool | int | float) else ""
     return Problem(f"{shown} does not fit", node.origin, name, tuple(near), f"it takes: {takes}{quote}")

@@ -170,6 +170,14 @@ def test_how_it_is_launched_is_no_matter_to_a_training_in_this_process(tmp_path:
     assert problems(tmp_path, "engine.name=single", "launch.nproc=2", launched=False) == "ok"
 
 
+def test_a_model_of_torchvision_without_its_prefix_is_understood(tmp_path: Path) -> None:
+    file = tmp_path / "it.yaml"
+    file.write_text("task: classification\nmodel: resnet18\ndata: {name: digits}\ntrain: {steps: 1}\n")
+    with pytest.raises(ConfigError) as caught:
+        check(file)
+    assert [problem.suggestions for problem in caught.value.problems] == [("torchvision/resnet18",)]
+
+
 def test_no_evaluation_is_no_data_source(tmp_path: Path) -> None:
     assert problems(tmp_path, "data.eval=none") == problems(tmp_path, "data.eval=null") == "ok"
 

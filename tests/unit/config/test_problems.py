@@ -99,6 +99,19 @@ def test_a_key_that_resembles_nothing_is_answered_with_what_there_is():
 
 
 @pytest.mark.parametrize(
+    ("change", "meant"),
+    [
+        ("engine.device=gpu", "cuda"),
+        ("precision=bfloat16", "bf16"),
+        ("precision=float32", "fp32"),
+        ("engine=zero", "deepspeed"),
+    ],
+)
+def test_the_words_of_other_tools_are_understood(change, meant):
+    assert problem_of(SMALLEST, [change]).suggestions == (meant,)
+
+
+@pytest.mark.parametrize(
     ("section", "wrong", "meant"),
     [
         ({"unfreeze": [{"epoch": 1, "match": "a"}]}, "finetune.unfreeze.0.epoch", "finetune.unfreeze.0.at_epoch"),
