@@ -86,10 +86,10 @@ class Config(Section):
     """The run's name, folder and seed."""
 
     task: Named
-    """What is learnt: classification, causal_lm, regression, or pkg.mod:Class for your own."""
+    """What is learnt: classification, text_classification, causal_lm, regression, or pkg.mod:Class."""
 
     model: Named
-    """bigmodel, simple_cnn, gpt, torchvision/<builder>, or pkg.mod:factory for your own."""
+    """bigmodel, gpt, lstm, torchvision/<builder>, timm/<model>, hf/<folder>, or pkg.mod:factory for your own."""
 
     data: Data
     """Where the samples come from and how they are cut into batches."""
