@@ -168,7 +168,7 @@ def check_free(folder: str | Path, name: str, allowed: Allowed = Allowed()) -> N
     if RESULT in held and not allowed.finished:
         is_early = read_json(path / RESULT).get("stopped_early")
         more = "give eval.early_stop more patience" if is_early else "raise train.steps or train.epochs"
-        way_on = f"{more} to go on"
+        way_on = f"{more} to go on" if allowed.unfinished else f"set checkpoint.resume=auto to go on, and {more}"
         raise _taken(path, f"the run {name} is finished: {_summary(path)}", way_on)
     # Also without its config.yaml: a new run's checkpoints must not mix with those that are there.
     has_begun = CONFIG in held or bool(_ATTEMPTS in held and _names(checkpoints_of(path)))

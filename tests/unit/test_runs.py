@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bigtrain import lease
+from bigtrain import lease, runs
 from bigtrain.errors import DataError, RunFolderError
 from bigtrain.failures import read_errors, write_error
 from bigtrain.metrics import from_json, to_json
@@ -323,3 +323,16 @@ def test_a_start_that_could_not_write_gives_the_run_back(tmp_path):
         RunFolder.create(tmp_path, "a", "", Allowed(unfinished=True))
     (tmp_path / "a" / "config.yaml").rmdir()
     assert RunFolder.create(tmp_path, "a", "", Allowed(unfinished=True)).number == 1
+
+
+def test_a_finished_run_that_is_not_to_be_resumed_says_that_both_are_needed(tmp_path: Path) -> None:
+    claim(tmp_path, "a")
+    (tmp_path / "a" / "result.json").write_text('{"steps": 10}')
+    lease.drop(tmp_path / "a", 0)
+    with pytest.raises(RunFolderError) as caught:
+        runs.check_free(tmp_path, "a", runs.Allowed())
+    assert "set checkpoint.resume=auto to go on, and raise train.steps" in str(caught.value)
+    with pytest.raises(RunFolderError) as caught:
+        runs.check_free(tmp_path, "a", runs.Allowed(unfinished=True))
+    assert "raise train.steps or train.epochs to go on" in str(caught.value)
+    assert "checkpoint.resume" not in str(caught.value)
