@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -320,6 +322,9 @@ def test_a_truncated_file_is_refused(checkpoint, tmp_path):
             open_weights(path)
 
 
+MISSED = 17  # an exit code
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["safetensors", "torch", "dcp", "deepspeed"])
 def test_memory_grows_with_the_largest_tensor_not_with_the_model(tmp_path, form):
@@ -333,18 +338,21 @@ def test_memory_grows_with_the_largest_tensor_not_with_the_model(tmp_path, form)
         ]
         save(Ranks(World()), tmp_path, 1, EngineState(pieces, {}), extra={})
 
-    def measure() -> None:
-        out = tmp_path / f"out.{'pt' if form == 'torch' else form}"
+    def measure(attempt: str) -> None:
+        out = tmp_path / attempt / f"out.{'pt' if form == 'torch' else form}"
+        out.parent.mkdir()
         if form == "deepspeed":
             import deepspeed  # noqa: F401 # what it takes by itself does not count
         with Peak() as peak:
             with open_checkpoint(tmp_path / "step-00000001") as reader:
                 export(reader, out, form)
-            bring_in(out, tmp_path / "in", form, allow_pickle=True)
-        assert 4 * numel / 2 < peak.held < 4 * numel + (256 << 20), peak.held
+            bring_in(out, tmp_path / attempt / "in", form, allow_pickle=True)
+        assert peak.held < 4 * numel + (256 << 20), peak.held
+        os._exit(0 if peak.held > 4 * numel / 2 else MISSED)  # on a busy machine the meter may sleep through it
 
     assert in_a_fork(write) == 0
-    assert in_a_fork(measure) == 0
+    codes = (os.waitstatus_to_exitcode(in_a_fork(partial(measure, attempt))) for attempt in "abc")
+    assert next((code for code in codes if code != MISSED), MISSED) == 0
 
 
 class Peak:
