@@ -106,6 +106,10 @@ def begin_telling(
             **({"changed": ", ".join(changed)} if changed else {}),
         }
     )
+    warmup = config.optim.schedule.warmup_steps
+    if warmup > total:
+        text = f"optim.schedule.warmup_steps is {warmup}, and the run has {total} steps: it never reaches its full rate"
+        telling.tell({"step": done, "event": "warning", "text": text})
     return telling
 
 

@@ -386,6 +386,16 @@ def test_an_evaluation_that_is_not_finite_is_said_once(config):
     assert said == ["the loss of the evaluation is not finite"]
 
 
+@pytest.mark.parametrize("extra", [0, 1])
+def test_a_warmup_that_the_run_does_not_outlast_is_said(config, extra):
+    steps = read_rows(train(config).path)[-1]["step"]
+    changes = (f"optim.schedule.warmup_steps={steps + extra}", "run.name=again")
+    lines = (train(config, changes).path / "metrics.jsonl").read_text().splitlines()
+    events = [row for row in map(json.loads, lines) if row.get("event") == "warning"]
+    words = f"optim.schedule.warmup_steps is {steps + 1}, and the run has {steps} steps: it never reaches its full rate"
+    assert [event["text"] for event in events] == [words] * extra
+
+
 def test_two_engines_give_one_training(config):
     single = train(config, ("engine.name=single",))
     fsdp = train(config, ("engine.name=fsdp", "run.name=sharded"))
