@@ -73,6 +73,11 @@ def train(
     return [line for line in said if not line.startswith("waiting for W&B")]  # on a machine that is slow, or a server
 
 
+def news(said: list[str]) -> list[str]:
+    """What was said, but that the end is waited for, as on a busy machine."""
+    return [line for line in said if not line.startswith("waiting for ")]
+
+
 def whole(last: int) -> list[tuple[int, float]]:
     return [(step, value(step)) for step in range(1, last + 1)]
 
@@ -183,7 +188,7 @@ def test_a_file_of_wandbs_that_is_torn_is_read_to_where_it_is(tmp_path: Path) ->
 def test_online_one_run_over_restarts_and_a_change_of_engine(tmp_path: Path, logged_in: WandbServer) -> None:
     folder = tmp_path / "it"
     said = train(folder, range(1, 18), tags=["mine"])
-    assert said == [f"W&B: {logged_in.url}/e/bigtrain/runs/{(folder / 'wandb_id').read_text().strip()}"]
+    assert news(said) == [f"W&B: {logged_in.url}/e/bigtrain/runs/{(folder / 'wandb_id').read_text().strip()}"]
     train(folder, range(11, 24), engine="ddp", kill=True)
     train(folder, range(21, 31), engine="ddp", tags=["mine"])
     run = logged_in.run()
@@ -232,7 +237,7 @@ def test_a_server_that_says_nothing_holds_nobody_up(tmp_path: Path, logged_in: W
     logged_in.mood = mood
     said = train(tmp_path / "it", range(1, 12), patience_s=3)
     assert said[0].startswith("warning: W&B cannot be reached")
-    assert len(said) == 2
+    assert len(news(said)) == 2
     logged_in.mood = "ok"
     train(tmp_path / "it", range(11, 21))
     assert logged_in.run().series("train/loss") == whole(20)
@@ -259,7 +264,7 @@ def test_where_a_process_was_killed_it_is_said_in_the_end_how_its_files_are_sent
         time.sleep(0.01)
     for tracker in trackers:
         tracker.close()
-    assert len(said) == 2
+    assert len(news(said)) == 2
     assert said[0].endswith("metrics.jsonl has every number")
     assert f"/*run-*-{(tmp_path / 'wandb_id').read_text().strip()}*" in said[1]
 
@@ -348,7 +353,7 @@ def test_online_a_checkpoint_is_told_and_where_it_is_refused_the_curves_go_on(
     assert logged_in.run().series("train/loss") == whole(9)
     assert len(logged_in.run().artifacts) == (0 if is_refused else 2)
     assert len([line for line in said if line.startswith("warning: W&B did not take a checkpoint")]) == is_refused
-    assert len(said) == 1 + is_refused  # and where the run is to be seen
+    assert len(news(said)) == 1 + is_refused  # and where the run is to be seen
 
 
 def test_a_checkpoint_that_is_gone_again_stops_nothing(tmp_path: Path) -> None:
