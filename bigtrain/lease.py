@@ -108,7 +108,8 @@ def live_holder(folder: Path, owner: str | None = None) -> str | None:
     try:
         age = _clock_of(folder) - (folder / LEASE).stat().st_mtime
         if age < -_RENEW_EVERY_S:  # the clock has gone back: who lives renews it, and a dead one lapses
-            os.utime(folder / LEASE)
+            with suppress(OSError):  # who may only look must not take it for dead
+                os.utime(folder / LEASE)
             age = 0.0
     except OSError:
         return None

@@ -129,11 +129,12 @@ class Derived:
     def log(self, row: Mapping[str, Any]) -> None:
         """Take one line."""
         if "samples_per_s" in row:
-            row = Row(row)
+            more = {}
             if self._tokens is not None:
-                row["tokens_per_s"] = row["samples_per_s"] * self._tokens
+                more["tokens_per_s"] = row["samples_per_s"] * self._tokens
             if self._utilisation is not None:
-                row["mfu"] = self._utilisation.at(row["samples_per_s"])
+                more["mfu"] = self._utilisation.at(row["samples_per_s"])
+            row = Row(row, **more)
         for tracker in self._trackers:
             tracker.log(row)
 

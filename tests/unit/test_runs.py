@@ -116,11 +116,18 @@ def test_a_dead_process_that_nobody_asks_after_holds_nothing(tmp_path):
         assert claim(tmp_path, "a").name == "1"
 
 
+def _refuse(path: Path, times: object = None) -> None:
+    raise PermissionError(path)
+
+
 def test_a_lease_from_the_future_lapses_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     claim(tmp_path, "a")
     monkeypatch.setattr(lease.socket, "gethostname", lambda: "another")
     file, ahead = tmp_path / "a" / "lease", time.time() + 100_000
     os.utime(file, (ahead, ahead))
+    with monkeypatch.context() as patch:
+        patch.setattr(lease.os, "utime", _refuse)
+        assert lease.live_holder(tmp_path / "a")  # also to those who may only look
     assert lease.live_holder(tmp_path / "a")  # it may live: its clock has just gone back
     assert file.stat().st_mtime < time.time() + 1  # and from now on it is to be heard of
     os.utime(file, (stale := time.time() - lease.LAPSES_AFTER_S - 1, stale))
