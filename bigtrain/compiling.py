@@ -12,6 +12,7 @@ from bigtrain.config.schema import Config
 from bigtrain.engines.base import Evaluator
 from bigtrain.errors import CombinationError
 from bigtrain.models.blocks import without_shared_parameters
+from bigtrain.models.head import Head
 from bigtrain.prepare import compile_forward
 from bigtrain.protocols import Batch, Task
 
@@ -30,6 +31,9 @@ def compile_parts(config: Config, engine: str, model: nn.Module, blocks: Sequenc
     if is_stage_3:  # which gathers a compiled block as one, and a parameter in one of them alone
         blocks = without_shared_parameters(model, blocks)
     compile_forward(blocks, fullgraph=config.compile.fullgraph)
+    for module in model.modules():
+        if isinstance(module, Head):
+            module.compile_loss()
     return list(blocks)
 
 

@@ -41,7 +41,7 @@ def test_attention_is_flash_attention(engine: str) -> None:
 
 
 def test_logits_are_never_whole() -> None:
-    vocab, context, samples = 50_000, 2048, 16
+    vocab, context, samples = 50_000, 2048, 48
     data = {"name": "synthetic", "args": {"kind": "causal_lm", "samples": 64, "context": context, "vocab": vocab}}
     run = gpt_run(
         "single",

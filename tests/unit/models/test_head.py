@@ -60,6 +60,29 @@ def test_sum_and_gradients_are_those_of_all_logits(monkeypatch, tokens, dtype, t
         assert (mine - theirs).norm() <= tolerance * theirs.norm()
 
 
+@pytest.mark.compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_loss_gives_the_same(monkeypatch, dtype):
+    """Also with a short last chunk, and targets that do not count."""
+    in_chunks(monkeypatch, 8)
+    layer, hidden, targets = make_case(dtype)
+    expected = ours(layer, hidden, targets)
+    layer.compile_loss()
+    for mine, theirs in zip(ours(layer, hidden, targets), expected, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert (mine - theirs).float().norm() <= (1e-6 if dtype == torch.float32 else 2**-8) * theirs.float().norm()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("number", "most", "expected"),
+    [(32768, 2293, 2048), (10_000, 4592, 3456), (5000, 1000, 896), (300, 128, 128), (143, 20, 20), (7, 1, 1)],
+)
+def test_chunks_are_as_few_as_may_be_and_aligned(number, most, expected):
+    assert head._tokens_at_once(number, most) == expected
+
+
 @pytest.mark.parametrize("tokens", [4, 21])
 def test_a_bfloat16_layer_sums_in_float32(monkeypatch, tokens):
     in_chunks(monkeypatch, tokens)
