@@ -19,6 +19,7 @@ from bigtrain.catalogue import OPTIMIZERS
 from bigtrain.config import schema
 from bigtrain.errors import PatternError, UserError
 from bigtrain.models.blocks import norm_and_bias
+from bigtrain.moments import Bf16Adam, Bf16AdamW, Bf16Moments
 from bigtrain.named import check_arguments, load
 from bigtrain.patterns import match_names
 
@@ -27,6 +28,7 @@ Schedule = Callable[[int], float]
 _BUILT_IN: dict[str, type[torch.optim.Optimizer]] = {
     name: getattr(torch.optim, spec.partition(":")[2]) for name, spec in OPTIMIZERS.items()
 }
+_WITH_BF16_MOMENTS: dict[str, type[torch.optim.Optimizer]] = {"adam": Bf16Adam, "adamw": Bf16AdamW}
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class OptimizerPlan:
         groups: The groups, by name.
         elementwise: Whether the update of an element depends on nothing but that element, so that shards may be
             updated alone.
-        fusable: Whether torch's fused kernels serve, which also scale gradients and skip a step on the device.
+        fusable: Whether it updates by torch's fused kernels, which also scale gradients and skip a step on the device.
     """
 
     cls: type[torch.optim.Optimizer]
@@ -86,6 +88,16 @@ class OptimizerPlan:
         kept = self._after_one_step(torch.ones((2,) * ndim, requires_grad=True))
         return {name for name, value in kept.items() if isinstance(value, Tensor)}
 
+    def dtype_of_slot(self, weight: torch.dtype, stored: torch.dtype) -> torch.dtype:
+        """What a tensor is kept in that has been stored in one dtype, for a parameter of another.
+
+        Moments are of the dtype that the run file says, whatever a checkpoint has; a user's own optimizer finds what it
+        kept.
+        """
+        if issubclass(self.cls, Bf16Moments):
+            return self.cls.moments_dtype
+        return weight if self.cls in _BUILT_IN.values() else stored
+
     def _after_one_step(self, tried: Tensor) -> Mapping[str, Any]:
         optimizer = self.cls([tried], **self.args)
         tried.grad = torch.zeros_like(tried)
@@ -117,7 +129,7 @@ def plan_optimizer(
         PatternError: Where a pattern matches no parameter, or only frozen ones.
         UserError: Where there is no such optimizer, or it does not know an argument.
     """
-    cls = _find_class(config.name)
+    cls = _WITH_BF16_MOMENTS[config.name] if config.moments == "bf16" else _find_class(config.name)
     common = _common_arguments(cls, config)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:

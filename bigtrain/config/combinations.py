@@ -189,6 +189,7 @@ def _of_deepspeed(config: Config) -> Iterator[Clash]:
         params=chosen.offload_params == "cpu",
         updates_by=None if optim.name in ("adam", "adamw") or ":" in optim.name else optim.name,
         args=optim.args,
+        has_bf16_moments=optim.moments == "bf16",
     )
 
 
@@ -225,7 +226,13 @@ def of_precision(stage: int, *, is_bf16: bool, is_fp64: bool) -> Iterator[Clash]
 
 
 def of_offloading(
-    stage: int, *, optimizer: bool, params: bool, updates_by: str | None, args: Mapping[str, Any]
+    stage: int,
+    *,
+    optimizer: bool,
+    params: bool,
+    updates_by: str | None,
+    args: Mapping[str, Any],
+    has_bf16_moments: bool,
 ) -> Iterator[Clash]:
     """What DeepSpeed cannot put on the host.
 
@@ -235,6 +242,7 @@ def of_offloading(
         params: Whether the weights are.
         updates_by: The optimizer, where it is certainly neither Adam nor AdamW.
         args: The optimizer's arguments.
+        has_bf16_moments: Whether its moments are to be kept in bfloat16.
     """
     if params and stage != 3:
         yield Clash(
@@ -255,6 +263,12 @@ def of_offloading(
             f"DeepSpeed updates on the host by its own Adam, and the optimizer is {updates_by}",
             "engine.deepspeed.offload_optimizer",
             "set optim.name to adam or adamw, or engine.deepspeed.offload_optimizer=none",
+        )
+    if has_bf16_moments:
+        yield Clash(
+            "DeepSpeed's Adam for the host keeps its moments in float32",
+            "optim.moments",
+            "set optim.moments=fp32, or engine.deepspeed.offload_optimizer=none",
         )
     for unknown in sorted(key for key in ("amsgrad", "maximize") if args.get(key)):
         yield Clash(

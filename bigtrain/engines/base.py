@@ -179,7 +179,7 @@ class TorchEngine:
         self._trained = [name for group in plan.groups for name in group.names]
         self._updated = self._tensors_to_update(plan)
         self._optimizer = plan.build(self._updated)
-        self._fused = plan.fusable
+        self._plan = plan
         slots.zero_momentum(self._optimizer)
         clip = choices.clip_grad_norm
         on_host = world.device.type == "cpu"
@@ -311,7 +311,7 @@ class TorchEngine:
         for piece in weights:
             reader.read_into(piece.kind, piece.name, piece.box, piece.data)
         for name in self._trained:
-            slots.load(self._optimizer, self._updated[name], name, self._weights[name].box, reader, fused=self._fused)
+            slots.load(self._optimizer, self._updated[name], name, self._weights[name].box, reader, self._plan)
         slots.zero_momentum(self._optimizer)
         slots.set_hyper(self._optimizer, reader.hyper)
 

@@ -78,7 +78,7 @@ class ZeroEngine:
     name = "deepspeed"
 
     def __init__(self, model: nn.Module, plan: OptimizerPlan, world: World, choices: Choices) -> None:
-        self._plain, self._world = model, world
+        self._plain, self._world, self._plan = model, world, plan
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         if choices.fill:
             partition_meta(model, world, choices)
@@ -255,7 +255,8 @@ class ZeroEngine:
                     self._load_counter(reader, kind, name, spec.dtype, state)
                     continue
                 if kind not in state:
-                    state[kind] = torch.zeros_like(part.flat, dtype=spec.dtype, requires_grad=False)
+                    dtype = self._plan.dtype_of_slot(part.flat.dtype, spec.dtype)
+                    state[kind] = torch.zeros_like(part.flat, dtype=dtype, requires_grad=False)
                 for box, data in part.parts(self._shapes[name], state[kind]):
                     reader.read_into(kind, name, box, data)
 

@@ -13,11 +13,14 @@ from torch import nn
 from bigtrain.config import combinations
 from bigtrain.engines.base import Choices
 from bigtrain.errors import CombinationError, SetupError
+from bigtrain.moments import Bf16Adam, Bf16AdamW, Bf16Moments
 from bigtrain.optim import OptimizerPlan
 from bigtrain.prepare import has_compiler
 
 # Earlier versions fail in backward where stage 3 meets frozen parameters and activation checkpointing.
 _OLDEST = (0, 19, 3)
+
+_ADAMS = (torch.optim.Adam, torch.optim.AdamW, Bf16Adam, Bf16AdamW)
 
 
 def build_config(choices: Choices) -> dict[str, Any]:
@@ -70,8 +73,9 @@ def check(model: nn.Module, plan: OptimizerPlan, choices: Choices) -> None:
             stage,
             optimizer=zero.offload_optimizer,
             params=zero.offload_params,
-            updates_by=None if plan.cls in (torch.optim.Adam, torch.optim.AdamW) else plan.cls.__name__,
+            updates_by=None if plan.cls in _ADAMS else plan.cls.__name__,
             args=plan.args,
+            has_bf16_moments=issubclass(plan.cls, Bf16Moments),
         )
     )
     if zero.offload_optimizer and not has_compiler():

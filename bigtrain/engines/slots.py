@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from bigtrain.errors import StateError
+from bigtrain.optim import OptimizerPlan
 from bigtrain.state import BUFFER, EMA, WEIGHT, Box, Piece, Reader, TensorSpec, whole
 
 NOT_SLOTS = (WEIGHT, BUFFER, EMA)
@@ -80,7 +81,9 @@ def pieces(
     return result
 
 
-def load(optimizer: torch.optim.Optimizer, tensor: Tensor, name: str, box: Box, reader: Reader, *, fused: bool) -> None:
+def load(
+    optimizer: torch.optim.Optimizer, tensor: Tensor, name: str, box: Box, reader: Reader, plan: OptimizerPlan
+) -> None:
     """Read the slots of one parameter; one that has none in the reader starts anew."""
     optimizer.state.pop(tensor, None)
     for (kind, owner), spec in reader.index.items():
@@ -88,10 +91,10 @@ def load(optimizer: torch.optim.Optimizer, tensor: Tensor, name: str, box: Box, 
             continue
         if kind == "step":
             # torch keeps the counter on the host, except for fused kernels, which read it on the device.
-            slot = torch.zeros((), dtype=spec.dtype, device=local(tensor).device if fused else "cpu")
+            slot = torch.zeros((), dtype=spec.dtype, device=local(tensor).device if plan.fusable else "cpu")
             reader.read_into(kind, name, whole(()), slot)
         else:
-            slot = torch.zeros_like(tensor, dtype=spec.dtype, requires_grad=False)
+            slot = torch.zeros_like(tensor, dtype=plan.dtype_of_slot(tensor.dtype, spec.dtype), requires_grad=False)
             reader.read_into(kind, name, box, local(slot))
         optimizer.state[tensor][kind] = slot
 

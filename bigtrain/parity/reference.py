@@ -96,6 +96,8 @@ def train_plainly(
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * _rate_factor(config, step, total_steps, steps_per_epoch)
         optimizer.step()
+        if config.optim.moments == "bf16":
+            _round_moments(optimizer)
         optimizer.zero_grad()
         trajectory.losses.append(loss)
         trajectory.norms.append(norm)
@@ -199,6 +201,14 @@ def _optimizer(config: Config, model: nn.Module, named: Sequence[tuple[str, nn.P
     plainest = {"foreach": False} if optim.name in own else {}
     made: torch.optim.Optimizer = cls(groups, lr=optim.lr, **{**plainest, **optim.args})
     return made
+
+
+@torch.no_grad()
+def _round_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Leave in the moments of torch's Adam what bfloat16 keeps of them."""
+    for state in optimizer.state.values():
+        for kind in state.keys() - {"step"}:
+            state[kind].copy_(state[kind].bfloat16())
 
 
 def _layer_decays(config: Config, model: nn.Module) -> dict[str, float]:

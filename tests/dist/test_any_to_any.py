@@ -26,8 +26,9 @@ PLACES = [
     *(("zero2", n) for n in (2, 4)),
     *(("zero3", n) for n in (1, 2, 3, 4)),
 ]
-EVERY_CASE = list(itertools.product((False, True), (zoo.ADAMW, zoo.SGD)))  # frozen parts, optimizer
-CASES = EVERY_CASE if IN_FULL else [(False, zoo.ADAMW), (True, zoo.SGD)]
+OPTIMIZERS = (zoo.ADAMW, zoo.SGD, zoo.BF16_MOMENTS)
+EVERY_CASE = list(itertools.product((False, True), OPTIMIZERS))  # frozen parts, optimizer
+CASES = EVERY_CASE if IN_FULL else [(False, zoo.ADAMW), (True, zoo.SGD), (False, zoo.BF16_MOMENTS)]
 BEFORE, AFTER = range(3), range(3, 6)
 
 
@@ -73,7 +74,7 @@ def _plain_run(frozen: bool, optim: dict[str, Any]) -> tuple[dict[str, torch.Ten
 
 
 def _name(layout: str, world_size: int, frozen: bool, optim: dict[str, Any]) -> str:
-    return f"{layout}-{world_size}-{frozen}-{optim['name']}.pt"
+    return f"{layout}-{world_size}-{frozen}-{optim['name']}-{optim.get('moments', 'fp32')}.pt"
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,33 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("layout", "world_size"), PLACES)
 def test_loads_the_state_of_every_engine(states: Path, layout: str, world_size: int) -> None:
     run_distributed(load_from_all, world_size, layout, str(states))
+
+
+def load_moments_of_the_other_dtype(layout: str) -> None:
+    """A state with moments in float32 where they are kept in bfloat16, and the other way round: nothing is mixed."""
+    with join("cpu", needs_group=layout != "single") as world:
+        for ours, theirs in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+            optim = {torch.float32: {**zoo.BF16_MOMENTS, "moments": "fp32"}, torch.bfloat16: zoo.BF16_MOMENTS}
+            source = build(layout, world, optim=optim[theirs], empty=False)
+            train(source, world, 2, BEFORE)
+            state = everything(source, world)
+            source.close()
+            moments = [key for key in state.tensors if key[0].startswith("exp_avg")]
+            assert moments
+            assert {state.tensors[key].dtype for key in moments} == {theirs}
+            engine = build(layout, world, optim=optim[ours], empty=False)
+            engine.load(state)
+            wanted = state.tensors | {key: state.tensors[key].to(ours) for key in moments}
+            assert_same_state(everything(engine, world), MemoryReader(wanted, state.hyper), layout)
+            train(engine, world, 2, AFTER)
+            after = everything(engine, world)
+            assert {after.tensors[key].dtype for key in moments} == {ours}
+            engine.close()
+
+
+@pytest.mark.parametrize(("layout", "world_size"), [("single", 1), ("fsdp", 2), ("zero0", 2), ("zero2", 2), ("zero3", 2)])
+def test_moments_are_of_the_dtype_that_the_run_file_says(layout: str, world_size: int) -> None:
+    run_distributed(load_moments_of_the_other_dtype, world_size, layout)
 
 
 def refuse_what_does_not_fit(layout: str) -> None:

@@ -28,6 +28,7 @@ LAYOUTS = [
 STEPS = 8
 # Rounding alone: measured floors are 3e-7 (loss, norm) and 3e-6 (parameters) in float32.
 TOLERANCE = {torch.float32: (2e-6, 2e-5), torch.float64: (1e-13, 1e-12)}
+KEPT_ALIKE = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 SHARP = torch.float64
 PLAIN = torch.float32
 
@@ -39,8 +40,11 @@ PAIRS = [
     (3, True, PLAIN, zoo.SGD),
     (3, True, SHARP, zoo.ADAMW),
     (1, False, PLAIN, zoo.SGD),
+    (3, False, SHARP, zoo.BF16_MOMENTS),
+    (1, True, PLAIN, zoo.BF16_MOMENTS),
 ]
-ALL = list(itertools.product((1, 3), (False, True), (PLAIN, SHARP), (zoo.ADAMW, zoo.SGD)))
+OPTIMIZERS = (zoo.ADAMW, zoo.SGD, zoo.BF16_MOMENTS)
+ALL = list(itertools.product((1, 3), (False, True), (PLAIN, SHARP), OPTIMIZERS))
 
 
 def compare_with_plain(layout: str) -> None:
@@ -55,11 +59,13 @@ def compare_with_plain(layout: str) -> None:
             reader = everything(engine, world)
             plain = zoo.make_odd(frozen, dtype, empty)
             theirs, _ = zoo.plain_loop(plain, STEPS, optim=optim)
-            case = f"{layout} × {world.size}, accumulation {accumulation}, frozen {frozen}, {dtype}, {optim['name']}"
+            case = f"{layout} × {world.size}, accumulation {accumulation}, frozen {frozen}, {dtype}, {optim}"
             tolerance, parameter_tolerance = TOLERANCE[dtype]
             for step, (mine, reference) in enumerate(zip(ours, theirs, strict=True)):
                 assert zoo.relative(mine[0], reference[0]) < tolerance, f"{case}: loss of step {step}"
                 assert zoo.relative(mine[1], reference[1]) < tolerance, f"{case}: norm of step {step}"
+            kept_in = torch.bfloat16 if "moments" in optim else dtype
+            assert {t.dtype for (kind, _), t in reader.tensors.items() if kind in KEPT_ALIKE} == {kept_in}, case
             trained = dict(plain.named_parameters())
             reference = {n: p.detach() for n, p in trained.items()}
             assert zoo.distance(weights(reader), reference) < parameter_tolerance, case
@@ -189,7 +195,7 @@ class _Poisoned(zoo.OddTask):
         return result._replace(total=result.total * float("nan"))
 
 
-@pytest.mark.parametrize("optim", [zoo.ADAMW, zoo.SGD], ids=["adamw", "sgd"])
+@pytest.mark.parametrize("optim", [zoo.ADAMW, zoo.SGD, zoo.BF16_MOMENTS], ids=["adamw", "sgd", "moments in bf16"])
 @pytest.mark.parametrize(
     ("layout", "world_size"),
     [("single", 1), ("ddp", 2), ("fsdp", 2), ("zero0", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)],

@@ -106,6 +106,7 @@ def my_microbatches(step: int, rank: int, world_size: int, accumulation: int) ->
 
 # lr, betas … chosen so that clipping bites and decay matters; two groups with rates of their own.
 ADAMW = {"name": "adamw", "lr": 3e-3, "weight_decay": 0.1, "groups": [{"match": "layers.1.*", "lr": 1e-2}]}
+BF16_MOMENTS = {**ADAMW, "moments": "bf16", "args": {"betas": [0.9, 0.95]}}
 SGD = {"name": "sgd", "lr": 0.1, "weight_decay": 0.01, "args": {"momentum": 0.9, "nesterov": True}}
 CLIP = 0.5
 
@@ -167,8 +168,17 @@ def plain_loop(
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * lr_factor(step)
         optimizer.step()
+        if optim.get("moments") == "bf16":
+            round_moments(optimizer)
         seen.append((loss.item(), norm.item()))
     return seen, optimizer
+
+
+def round_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Leave in the moments of torch's Adam what bfloat16 keeps of them."""
+    for state in optimizer.state.values():
+        for moment in (value for kind, value in state.items() if kind != "step"):
+            moment.copy_(moment.bfloat16())
 
 
 def _bf16_gradient(model: Odd, step: int, world_size: int, accumulation: int) -> Tensor:

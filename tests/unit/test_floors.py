@@ -30,6 +30,7 @@ FLOORS = {
     "bigtrain.failures": 3,
     "bigtrain.dist": 2,
     "bigtrain.models": 2,
+    "bigtrain.moments": 2,
     "bigtrain.processes": 2,
     "bigtrain.protocols": 2,
     "bigtrain.state": 2,

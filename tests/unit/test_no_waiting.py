@@ -79,16 +79,20 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Task, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw"])  # sgd has no meta kernel
+@pytest.mark.parametrize(
+    "optimizer",  # sgd has no meta kernel
+    [{"name": "adam"}, {"name": "adamw"}, {"name": "adamw", "moments": "bf16", "args": {"betas": [0.9, 0.95]}}],
+    ids=["adam", "adamw", "moments in bf16"],
+)
 @pytest.mark.parametrize("compute", [None, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_reads_no_value(
-    case: str, compute: torch.dtype | None, optimizer: str, monkeypatch: pytest.MonkeyPatch
+    case: str, compute: torch.dtype | None, optimizer: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What torch lets its fused kernels run on; their shapes are known on the meta device as well.
     monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: ["cuda", "meta"])
     model, task, data = CASES[case]()
-    plan = plan_optimizer(model, schema.Optim.model_validate({"name": optimizer}))
+    plan = plan_optimizer(model, schema.Optim.model_validate(optimizer))
     choices = Choices(clip_grad_norm=1.0, compute_dtype=compute)
     blocks = [block for _, block in find_blocks(model)]
     engine = engines.build("single", model, blocks, plan, World(device=META), choices)

@@ -1,0 +1,155 @@
+"""Adam and AdamW that keep their moments in bfloat16: 4 bytes of state for a parameter, where torch's keep 8.
+
+Weights, gradients and arithmetic stay as they are. A step widens some millions of elements of the moments to the
+weights' dtype, lets torch's fused kernel update them and the weights, and rounds them back to nearest, so that what is
+wide at once is small, and on a GPU most of it stays in the cache. torch's kernel itself wants moments of the weights'
+dtype (2.11).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigtrain.errors import UserError
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+# Elements whose moments are wide at once, in all parameters that are updated by one kernel.
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A piece of one parameter to be updated; every tensor is a view of what is kept.
+
+    Attributes:
+        weight: Its weights.
+        gradient: Of the same shape.
+        moments: Those that the optimizer keeps, in the order of `MOMENTS`.
+        step: The parameter's counter, already advanced.
+    """
+
+    weight: Tensor
+    gradient: Tensor
+    moments: tuple[Tensor, ...]
+    step: Tensor
+
+
+class Bf16Moments(torch.optim.Optimizer):
+    """The step of Adam and AdamW over moments in bfloat16.
+
+    As torch's fused optimizers it divides gradients by `grad_scale` where that is set, and where `found_inf` is 1
+    leaves weights, moments and counters as they were. It never waits for a device.
+    """
+
+    moments_dtype = torch.bfloat16
+    _kernel: Callable[..., None]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient.
+
+        Raises:
+            UserError: Where one has gradients that are sparse, or is complex.
+        """
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        skipped: Tensor | None = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            moved = [p for p in group["params"] if p.grad is not None]
+            counters = [self._state_of(p, group)["step"] for p in moved]
+            if not moved:
+                continue
+            torch._foreach_add_(counters, 1)
+            for batch in _batches(part for p in moved for part in _parts(p, self.state[p])):
+                self._update(batch, group, scale, skipped)
+            if skipped is not None:
+                torch._foreach_sub_(counters, [skipped.to(counter.device) for counter in counters])
+
+    def _state_of(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        """What is kept for a parameter; zeros before its first step."""
+        if not parameter.is_floating_point() or parameter.grad.is_sparse:  # type: ignore[union-attr]
+            raise UserError(
+                "moments in bfloat16 need dense gradients of real numbers",
+                where="optim.moments",
+                remedy="set optim.moments=fp32, or build embeddings without sparse=True",
+            )
+        state: dict[str, Any] = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        for kind in MOMENTS[: 3 if group["amsgrad"] else 2]:
+            if kind not in state:
+                state[kind] = torch.zeros_like(parameter, dtype=self.moments_dtype, requires_grad=False)
+        return state
+
+    def _update(
+        self, parts: Sequence[_Part], group: Mapping[str, Any], scale: Tensor | None, skipped: Tensor | None
+    ) -> None:
+        device = parts[0].weight.device
+        kept = [part.moments[i] for i in range(len(parts[0].moments)) for part in parts]
+        wide = [torch.empty_like(part.weight) for _ in parts[0].moments for part in parts]
+        torch._foreach_copy_(wide, kept)
+        first, second, largest = (wide[i * len(parts) : (i + 1) * len(parts)] for i in range(3))
+        self._kernel(
+            [part.weight for part in parts],
+            [part.gradient for part in parts],
+            first,
+            second,
+            largest,
+            [part.step for part in parts],
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=group["amsgrad"],
+            maximize=group["maximize"],
+            grad_scale=None if scale is None else scale.to(device, non_blocking=True),
+            found_inf=None if skipped is None else skipped.to(device, non_blocking=True),
+        )
+        torch._foreach_copy_(kept, wide)
+
+
+class Bf16Adam(Bf16Moments, torch.optim.Adam):
+    """torch's Adam with moments in bfloat16."""
+
+    _kernel = staticmethod(torch._fused_adam_)
+
+
+class Bf16AdamW(Bf16Moments, torch.optim.AdamW):
+    """torch's AdamW with moments in bfloat16."""
+
+    _kernel = staticmethod(torch._fused_adamw_)
+
+
+def _parts(parameter: Tensor, state: Mapping[str, Any]) -> Iterator[_Part]:
+    """A parameter in flat pieces; whole where it does not lie in one row; nothing where it has no elements."""
+    if not parameter.numel():
+        return
+    weight, gradient = parameter.detach(), parameter.grad
+    assert gradient is not None
+    held = [weight, gradient, *(state[kind] for kind in MOMENTS if kind in state)]
+    if not all(tensor.is_contiguous() for tensor in held):
+        yield _Part(weight, gradient, tuple(held[2:]), state["step"])
+        return
+    for weight, gradient, *moments in zip(*(tensor.view(-1).split(_CHUNK) for tensor in held), strict=True):
+        yield _Part(weight, gradient, tuple(moments), state["step"])
+
+
+def _batches(parts: Iterator[_Part]) -> Iterator[list[_Part]]:
+    """Parts that one kernel takes together: of one device and dtype, and not many more elements than a chunk."""
+    batch: list[_Part] = []
+    size = 0
+    for part in parts:
+        is_other = batch and (part.weight.device, part.weight.dtype) != (batch[0].weight.device, batch[0].weight.dtype)
+        if batch and (is_other or size + part.weight.numel() > _CHUNK):
+            yield batch
+            batch, size = [], 0
+        batch.append(part)
+        size += part.weight.numel()
+    if batch:
+        yield batch

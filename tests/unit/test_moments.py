@@ -1,0 +1,225 @@
+"""Adam and AdamW with moments in bfloat16: torch's own numbers, rounded after each step, and everything else alike."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bigtrain import moments
+from bigtrain.config.loader import from_dict
+from bigtrain.errors import ConfigError, UserError
+from bigtrain.moments import MOMENTS, Bf16Adam, Bf16AdamW
+from bigtrain.optim import plan_optimizer
+from tests.helpers import zoo
+
+PAIRS = [(torch.optim.Adam, Bf16Adam), (torch.optim.AdamW, Bf16AdamW)]
+SHAPES = [(37, 53), (5,), (), (0, 4), (3000,)]
+HYPER: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
+
+
+@pytest.fixture(autouse=True)
+def _in_small_chunks(monkeypatch):
+    monkeypatch.setattr(moments, "_CHUNK", 1000)  # so that parameters are cut, and others go together
+
+
+def pairs(dtype=torch.float32) -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    made = [torch.randn(shape, dtype=dtype) for shape in SHAPES]
+    made.append(torch.randn(6, 4, 3, 3, dtype=dtype).to(memory_format=torch.channels_last))
+    return [(values.clone().requires_grad_(), values.clone().requires_grad_()) for values in made]
+
+
+def give_gradients(tensors: list[tuple[Tensor, Tensor]]) -> None:
+    for ours, theirs in tensors:
+        ours.grad = torch.randn_like(ours)
+        theirs.grad = ours.grad.clone()
+
+
+def assert_equal(tensors: list[tuple[Tensor, Tensor]], mine: Any, torchs: Any) -> None:
+    for ours, theirs in tensors:
+        assert torch.equal(ours, theirs)
+        state, wanted = mine.state[ours], torchs.state[theirs]
+        assert state.keys() == wanted.keys()
+        assert torch.equal(state["step"], wanted["step"])
+        for kind in state.keys() & set(MOMENTS):
+            assert state[kind].shape == ours.shape
+            assert torch.equal(state[kind].to(wanted[kind].dtype), wanted[kind])
+
+
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True}, {"weight_decay": 0.0}])
+@pytest.mark.parametrize(("torchs_class", "my_class"), PAIRS)
+def test_kept_in_float32_it_is_torchs_own_to_the_last_bit(monkeypatch, torchs_class, my_class, options):
+    monkeypatch.setattr(my_class, "moments_dtype", torch.float32)
+    tensors = pairs()
+    mine = my_class([ours for ours, _ in tensors], **HYPER | options)
+    torchs = torchs_class([theirs for _, theirs in tensors], **HYPER | options)
+    for _ in range(6):
+        give_gradients(tensors)
+        mine.step()
+        torchs.step()
+        assert_equal(tensors, mine, torchs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize(("torchs_class", "my_class"), PAIRS)
+def test_in_bfloat16_it_is_torchs_with_moments_rounded_after_each_step(torchs_class, my_class, amsgrad, dtype):
+    tensors = pairs(dtype)
+    mine = my_class([ours for ours, _ in tensors], **HYPER, amsgrad=amsgrad)
+    torchs = torchs_class([theirs for _, theirs in tensors], **HYPER, amsgrad=amsgrad)
+    for _ in range(6):
+        give_gradients(tensors)
+        mine.step()
+        torchs.step()
+        with torch.no_grad():
+            zoo.round_moments(torchs)
+        assert_equal(tensors, mine, torchs)
+        assert {t.dtype for s in mine.state.values() for kind, t in s.items() if kind != "step"} == {torch.bfloat16}
+
+
+def test_a_gradient_that_is_not_there_leaves_its_parameter_alone():
+    tensors = pairs()
+    mine = Bf16AdamW([ours for ours, _ in tensors], **HYPER)
+    mine.step()
+    assert not mine.state
+    give_gradients(tensors[:1])
+    mine.step()
+    assert list(mine.state) == [tensors[0][0]]
+    assert all(torch.equal(ours, theirs) for ours, theirs in tensors[1:])
+
+
+@pytest.mark.parametrize("my_class", [Bf16Adam, Bf16AdamW])
+def test_gradients_are_divided_and_steps_left_out(my_class):
+    tensors = pairs()
+    divided, given = (my_class([pair[i] for pair in tensors], **HYPER) for i in (0, 1))
+    divided.grad_scale = torch.tensor(4.0)  # a power of two divides without rounding
+    for poisoned in (True, False, True, False):  # the first step of all, and one between
+        give_gradients(tensors)
+        before = pickle.dumps([[ours for ours, _ in tensors], divided.state_dict()]) if divided.state else None
+        for ours, theirs in tensors:
+            if poisoned:
+                ours.grad.fill_(torch.nan)
+            else:
+                theirs.grad /= 4.0
+        divided.found_inf = torch.tensor(float(poisoned))
+        divided.step()
+        if poisoned and before:
+            assert pickle.dumps([[ours for ours, _ in tensors], divided.state_dict()]) == before
+        if not poisoned:
+            given.step()
+            assert_equal(tensors, divided, given)
+    assert all(state["step"] == 2 for state in divided.state.values())
+
+
+def test_parameters_of_several_dtypes_in_one_group():
+    several = [torch.randn(7, dtype=dtype).requires_grad_() for dtype in (torch.float32, torch.float64, torch.float32)]
+    alone = [p.detach().clone().requires_grad_() for p in several]
+    together = Bf16AdamW(several, **HYPER)
+    apart = [Bf16AdamW([p], **HYPER) for p in alone]
+    give_gradients(list(zip(several, alone, strict=True)))
+    together.step()
+    for optimizer in apart:
+        optimizer.step()
+    assert all(torch.equal(*pair) for pair in zip(several, alone, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "complex"])
+def test_what_it_cannot_update_is_refused(kind):
+    embedding = torch.nn.Embedding(5, 3, sparse=True)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    number = torch.ones(3, dtype=torch.complex64, requires_grad=True)
+    number.grad = number.detach().clone()
+    optimizer = Bf16AdamW([embedding.weight if kind == "sparse" else number], lr=1e-3)
+    with pytest.raises(UserError, match="need dense gradients of real numbers"):
+        optimizer.step()
+
+
+# ------------------------------------------------------------------------------------------------- in a run file
+
+RUN = {
+    "model": "bigmodel",
+    "task": "classification",
+    "data": {"name": "digits", "batch_size": 8},
+    "train": {"steps": 2},
+}
+BETAS = {"args": {"betas": [0.9, 0.95]}}
+
+
+def optim(**values: Any) -> Any:
+    return from_dict({**RUN, "optim": values}).config.optim
+
+
+def test_a_plan_has_4_bytes_a_parameter_and_divides_in_the_kernel():
+    model = zoo.make_odd()
+    for name in ("adam", "adamw"):
+        wide, narrow = (
+            plan_optimizer(model, optim(name=name, moments=moments, **BETAS)) for moments in ("fp32", "bf16")
+        )
+        assert (wide.bytes_per_element(), narrow.bytes_per_element()) == (8, 4)
+        assert narrow.fusable
+        assert narrow.elementwise
+        assert narrow.slots(2) == wide.slots(2)
+    assert plan_optimizer(model, optim(moments="bf16", args={"betas": [0.9, 0.95], "amsgrad": True})).slots(2) == {
+        *("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    }
+
+
+@pytest.mark.parametrize("betas", [[0.9, 0.99], [0.99, 0.9], [0.0, 0.5]])
+def test_betas_that_bfloat16_can_follow(betas):
+    assert optim(moments="bf16", args={"betas": betas}).moments == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("values", "said", "remedy"),
+    [
+        ({}, "cannot follow betas of [0.9, 0.999]", "optim.args.betas=[0.9, 0.95]"),
+        ({"args": {"betas": [0.9, 0.991]}}, "cannot follow betas of [0.9, 0.991]", "optim.args.betas=[0.9, 0.95]"),
+        ({"args": {"betas": [0.995, 0.9]}}, "cannot follow betas of [0.995, 0.9]", "optim.args.betas=[0.9, 0.95]"),
+        ({"name": "sgd"}, "is for adam and adamw, and the optimizer is sgd", "optim.name=adamw"),
+        ({"name": "torch.optim:NAdam", **BETAS}, "the optimizer is torch.optim:NAdam", "optim.name=adamw"),
+        (
+            {"args": {"betas": [0.9, 0.95], "foreach": True}},
+            "leaves no choice of foreach",
+            "take optim.args.foreach out",
+        ),
+    ],
+)
+def test_what_cannot_be_kept_in_bfloat16_is_refused(values, said, remedy):
+    with pytest.raises(ConfigError) as caught:
+        optim(moments="bf16", **values)
+    (problem,) = caught.value.problems
+    assert problem.key == "optim.moments"
+    assert said in problem.text
+    assert remedy in problem.remedy
+
+
+@pytest.mark.parametrize("moments", ["fp16", "bfloat16", True])
+def test_a_wrong_word_is_refused(moments):
+    with pytest.raises(ConfigError) as caught:
+        optim(moments=moments)
+    (problem,) = caught.value.problems
+    assert "it takes: fp32 | bf16" in problem.remedy
+
+
+def test_values_of_betas_that_are_none_are_left_to_the_check_of_arguments():
+    assert optim(moments="bf16", args={"betas": 0.9}).moments == "bf16"
+
+
+def test_the_bound_is_where_bfloat16_stops_following():
+    """A second moment of gradients that become ten times smaller, in bfloat16 against float32."""
+    off = {}
+    for beta in (0.95, 0.99, 0.998):
+        generator = torch.Generator().manual_seed(0)
+        exact, kept = torch.zeros(1000), torch.zeros(1000, dtype=torch.bfloat16)
+        for step in range(2000):
+            squared = torch.randn(1000, generator=generator).mul(1.0 if step < 1000 else 0.1).square()
+            exact = exact * beta + squared * (1 - beta)
+            kept = (kept.float() * beta + squared * (1 - beta)).bfloat16()
+        off[beta] = float((kept.float() / exact).sqrt().mean()) - 1
+    assert abs(off[0.95]) < 0.01
+    assert abs(off[0.99]) < 0.03
+    assert off[0.998] > 1
