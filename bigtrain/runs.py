@@ -234,6 +234,12 @@ def checkpoints_of(path: Path) -> Path:
     return path / "checkpoints"
 
 
+def newest_step(path: Path) -> int:
+    """The step of a run's newest committed checkpoint; -1 where there is none."""
+    names = [file.parent.name.removeprefix("step-") for file in checkpoints_of(path).glob("step-*/manifest.json")]
+    return max((int(name) for name in names if name.isdigit()), default=-1)
+
+
 def by_name(place: str | Path, folder: str | Path = "runs") -> Path:
     """A path as it stands, or, where nothing is there, the run of that name in the folder of all runs."""
     path, named = Path(place), Path(folder, place)

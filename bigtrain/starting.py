@@ -19,6 +19,21 @@ def allowed_for(config: Config) -> runs.Allowed:
     return runs.Allowed(unfinished=goes_on, finished=goes_on and _asks_for_more(config))
 
 
+def word_of_early_stop(path: Path | None, *, goes_on: bool) -> str:
+    """What there is of a run that was stopped before it took a step, and what to do.
+
+    Args:
+        path: Its folder; None where it is not known yet.
+        goes_on: Whether the run file lets a run that has begun go on.
+    """
+    step = runs.newest_step(path) if path else -1
+    if step >= 0:
+        return f"stopped before another step; the same command goes on from step {step}"
+    has_begun = path is not None and (path / runs.CONFIG).exists()
+    way = "the same command begins it" if goes_on or not has_begun else f"delete {path}, and the same command begins it"
+    return f"stopped before its first step: nothing was saved; {way}"
+
+
 def _asks_for_more(config: Config) -> bool:
     """Whether the run file now asks for a longer training than the one in the folder was."""
     path = Path(config.run.dir, config.run.name, runs.CONFIG)

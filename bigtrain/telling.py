@@ -15,6 +15,7 @@ from torch import Tensor
 from bigtrain.checkpoint import find_best
 from bigtrain.config.schema import Config
 from bigtrain.dist import World
+from bigtrain.early import StoppedEarly
 from bigtrain.errors import BigtrainError
 from bigtrain.goals import BEST, PATIENCE
 from bigtrain.prepare import COMPUTE_DTYPES, DTYPES
@@ -122,7 +123,8 @@ def finish_telling(
     if outcome.stopped:
         telling.tell({"step": outcome.steps, "event": "stop"})
         report(telling, folder, training.config)
-        how = "" if outcome.again else "; the same command goes on from there"
+        way = "the same command" if training.config.checkpoint.resume == "auto" else "with checkpoint.resume=auto it"
+        how = "" if outcome.again else f"; {way} goes on from there"
         telling.say(f"stopped after step {outcome.steps} of {total}, as asked: {folder.path}{how}")
         return
     best, patience = outcome.standings.get(BEST), outcome.standings.get(PATIENCE)
@@ -170,6 +172,9 @@ def report(telling: Telling, folder: RunFolder, config: Config) -> None:
 
 def tell_failure(telling: Telling, folder: RunFolder, step: int, error: BaseException, config: Config) -> None:
     """Note in the run's events why it failed, and write its report without a word: what it failed of comes first."""
+    if isinstance(error, StoppedEarly):
+        telling.tell({"step": step, "event": "stop"})
+        return
     said = (error.problem if isinstance(error, BigtrainError) else str(error)).partition("\n")[0]
     telling.tell({"step": step, "event": "failure", "text": f"{type(error).__name__}: {said}"})
     if telling.console is not None and config.track.report:

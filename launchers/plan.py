@@ -38,6 +38,7 @@ class LaunchPlan:
         startup_timeout_s: How long everything up to the first step may take; None: for ever.
         max_restarts: How often it is started again in a row without a new checkpoint.
         leaves_result: Whether the run folder says of a run that has come to its end that it did.
+        goes_on: Whether a start in the folder of a run that has begun goes on with it.
         preload: Modules that every rank imports before its first step; processes forked after that have them.
     """
 
@@ -50,6 +51,7 @@ class LaunchPlan:
     startup_timeout_s: float | None = None
     max_restarts: int = 0
     leaves_result: bool = True
+    goes_on: bool = True
     preload: tuple[str, ...] = ()
 
     @property
@@ -105,6 +107,7 @@ def make_plan(
         hang_timeout_s=health.hang_timeout_s,
         startup_timeout_s=health.startup_timeout_s,
         max_restarts=config.launch.max_restarts,
+        goes_on=config.checkpoint.resume == "auto",
         preload=preloaded(config),
     )
 

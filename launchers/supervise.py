@@ -18,10 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
+from bigtrain import runs
 from bigtrain.beats import AGAIN, WATCH_VARIABLE, read_step, step_file
 from bigtrain.errors import UserError
 from bigtrain.failures import read_errors
 from bigtrain.runs import ATTEMPT_VARIABLE, give_back, read_json, write_atomically
+from bigtrain.starting import word_of_early_stop
 from bigtrain.terminal import leave_terminal, print_line
 from launchers import hangs
 from launchers.causes import Cause, find_cause
@@ -110,7 +112,7 @@ class Supervisor:
                     end, cause = self._attempt(attempt)
                 finally:
                     give_back(attempt)
-                if not self._goes_on(end, cause):
+                if not self._goes_on(end, cause, attempt):
                     return end.code
                 if end.outcome == AGAIN_LATER and not self._again:
                     return AGAIN
@@ -210,13 +212,13 @@ class Supervisor:
 
     # ---- what follows ----------
 
-    def _goes_on(self, end: End, cause: Cause | None) -> bool:
+    def _goes_on(self, end: End, cause: Cause | None, attempt: Path) -> bool:
         """Whether there is to be another attempt; where not, the cause is the last thing on the screen."""
         if end.outcome in (FINISHED, STOPPED):
             if cause is not None:
                 print_line(f"\n{cause.text}", 2)
-            elif end.outcome == STOPPED and not end.at_step and end.step < 0:
-                print_line("stopped before the first step; there was nothing to save")  # else rank 0 says what it saved
+            elif end.outcome == STOPPED and not end.at_step:  # else rank 0 says what it saved
+                print_line(word_of_early_stop(attempt.parent.parent, goes_on=self._plan.goes_on))
             return False
         may_pass = cause is None or cause.may_pass
         reason = None
@@ -297,13 +299,8 @@ def note_start(attempt: Path, place: Mapping[str, object]) -> None:
 
 
 def newest_step(attempt: Path) -> int:
-    """The step of the run's newest committed checkpoint; -1 where there is none."""
-    steps = [
-        int(path.parent.name.removeprefix("step-"))
-        for path in (attempt.parent.parent / "checkpoints").glob("step-*/manifest.json")
-        if path.parent.name.removeprefix("step-").isdigit()
-    ]
-    return max(steps, default=-1)
+    """The step of the newest committed checkpoint of an attempt's run; -1 where there is none."""
+    return runs.newest_step(attempt.parent.parent)
 
 
 def is_finished(attempt: Path) -> bool:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, NoReturn
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from bigtrain.cli.config import Overrides, RunFile
+
+if TYPE_CHECKING:
+    from bigtrain.config.schema import Config
 
 NumProcesses = Annotated[
     int | None, typer.Option("--nproc", min=1, help="Processes on each machine, instead of launch.nproc.")
@@ -18,17 +23,25 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
     import os
 
     from bigtrain.beats import AGAIN
-    from bigtrain.config.loader import check
-
-    check(run_file, overrides or ())  # before torch is imported: what is wrong with the file is said at once
-    from bigtrain.running import train as train_run
+    from bigtrain.early import StoppedEarly, stopped_by_signals
     from bigtrain.runs import ATTEMPT_VARIABLE
 
     is_rank = ATTEMPT_VARIABLE in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    config: Config | None = None
     try:
-        run = train_run(run_file, overrides or ())
-    except BaseException:
-        if not is_rank:
+        with nullcontext() if is_rank else stopped_by_signals():
+            from bigtrain.config.loader import check
+
+            # Before torch is imported: what is wrong with the file is said at once.
+            config = check(run_file, overrides or ()).config
+            from bigtrain.running import train as train_run
+
+            run = train_run(run_file, overrides or ())
+    except StoppedEarly:
+        _tell_early_stop(config)
+        raise
+    except BaseException as error:
+        if not is_rank or (config is None and isinstance(error, Exception)):
             raise
         leave_at_once()
     if is_rank and (run.outcome.again or ATTEMPT_VARIABLE in os.environ):
@@ -38,6 +51,14 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
     # A launcher knows that it asked the ranks to stop: for them that is no failure.
     if run.outcome.stopped and ATTEMPT_VARIABLE not in os.environ:
         raise typer.Exit(_STOPPED)
+
+
+def _tell_early_stop(config: Config | None) -> None:
+    from bigtrain.starting import word_of_early_stop
+    from bigtrain.terminal import print_line
+
+    path = Path(config.run.dir, config.run.name) if config else None
+    print_line(word_of_early_stop(path, goes_on=config is None or config.checkpoint.resume == "auto"))
 
 
 # What a shell reports of a program that was interrupted.

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from bigtrain.early import steps_begin
 from bigtrain.health.agreement import Agreement
 from bigtrain.runs import ATTEMPT_VARIABLE
 from bigtrain.terminal import leave_terminal
@@ -39,6 +40,7 @@ def stop_on_signals(agreement: Agreement) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    steps_begin()
     asked = _Asked(agreement)
     before: dict[signal.Signals, Any] = {number: signal.signal(number, asked.leave) for number in asked.leaving}
     before[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, asked.start_again)

@@ -244,7 +244,7 @@ def test_ctrl_c_before_the_first_step_is_said(tmp_path: Path) -> None:
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130, err
     assert first.startswith("starting 2 processes")
-    assert out == "stopped before the first step; there was nothing to save\n"
+    assert out == "stopped before its first step: nothing was saved; the same command begins it\n"
     assert err == ""
 
 

@@ -22,6 +22,7 @@ FLOORS = {
     "bigtrain.beats": 1,
     "bigtrain.config": 1,
     "bigtrain.convert": 1,
+    "bigtrain.early": 1,
     "bigtrain.lease": 1,
     "bigtrain.named": 1,
     "bigtrain.patterns": 1,

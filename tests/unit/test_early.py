@@ -1,0 +1,84 @@
+"""A signal before the first step ends a training with a word, and leaves nothing that is not said."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from bigtrain.cli.train import train
+from bigtrain.early import StoppedEarly
+from bigtrain.tracking.reading import read_rows
+
+MODULE = """
+import os, signal
+import torch
+from torch import nn
+
+
+def model(number: int = 0, hides: bool = False):
+    try:
+        if number:
+            os.kill(os.getpid(), number)
+    except BaseException:
+        if not hides:
+            raise
+    return nn.Linear(1, 1)
+
+
+def points(split):
+    return [(torch.tensor([float(i)]), torch.tensor([float(i)])) for i in range(8)]
+"""
+
+RUN = """
+run: {name: it, dir: RUNS}
+task: regression
+model: stopped_early:model
+data: {name: "stopped_early:points", batch_size: 4, eval: {split: 0.5}}
+train: {steps: 2}
+engine: {device: cpu}
+track: {wandb: disabled, tensorboard: false, report: false}
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path, monkeypatch) -> Path:
+    (tmp_path / "stopped_early.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN.replace("RUNS", str(tmp_path / "runs")))
+    return path
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_it_says_that_nothing_was_saved(run_file, number, capsys):
+    before = signal.getsignal(number)
+    with pytest.raises(StoppedEarly) as ended:
+        train(run_file, [f"model.args.number={int(number)}"])
+    assert ended.value.code == 128 + number
+    assert capsys.readouterr().out == "stopped before its first step: nothing was saved; the same command begins it\n"
+    assert not (run_file.parent / "runs").exists()
+    assert signal.getsignal(number) is before
+
+
+def test_one_that_was_kept_from_us_ends_it_when_the_steps_begin(run_file, capsys):
+    changes = [f"model.args.number={int(signal.SIGTERM)}", "model.args.hides=true", "checkpoint.resume=never"]
+    with pytest.raises(StoppedEarly):
+        train(run_file, changes)
+    folder = run_file.parent / "runs/it"
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"stopped before its first step: nothing was saved; delete {folder}, and the same command begins it"
+    )
+    assert read_rows(folder) == []
+    told = [json.loads(line)["event"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert told == ["start", "stop"]
+
+
+def test_a_run_that_goes_on_says_from_where(run_file, capsys):
+    train(run_file, [])
+    capsys.readouterr()
+    with pytest.raises(StoppedEarly):
+        train(run_file, ["train.steps=4", f"model.args.number={int(signal.SIGTERM)}"])
+    said = "stopped before another step; the same command goes on from step 2\n"
+    assert capsys.readouterr().out == said
