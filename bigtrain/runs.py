@@ -31,6 +31,7 @@ from typing import Any
 from bigtrain import lease
 from bigtrain.errors import RunFolderError, TrainingError
 from bigtrain.metrics import to_json
+from bigtrain.named import nearest
 
 ATTEMPT_VARIABLE = "BIGTRAIN_ATTEMPT_DIR"
 # What a start is part of, as a cluster's job; a later start of the same owner takes the run over without waiting.
@@ -142,7 +143,8 @@ class RunFolder:
             raise TrainingError(
                 f"the run has come to its end, and cannot be marked as finished: {error.strerror}",
                 where=str(self.result),
-                remedy="free some space, or make it writable; the same command then ends it, from its last checkpoint",
+                remedy="free some space, or make it writable; the same command with checkpoint.resume=auto, the "
+                "default, then ends it, from its last checkpoint",
             ) from error
 
 
@@ -244,6 +246,39 @@ def by_name(place: str | Path, folder: str | Path = "runs") -> Path:
     """A path as it stands, or, where nothing is there, the run of that name in the folder of all runs."""
     path, named = Path(place), Path(folder, place)
     return named if not path.exists() and named.is_dir() else path
+
+
+def run_at(place: str | Path, folder: str | Path = "runs") -> Path:
+    """Where a run should be that is named so: at a path of several parts, or in the folder of all runs."""
+    path = Path(place)
+    return path if len(path.parts) > 1 else Path(folder, path)
+
+
+def names_of(folder: Path) -> list[str]:
+    """The runs in a folder of runs, by name."""
+    try:
+        return sorted(path.name for path in folder.iterdir() if is_run(path))
+    except OSError:
+        return []
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run, or what is left of one."""
+    return any((folder / name).exists() for name in (CONFIG, _METRICS, _ATTEMPTS))
+
+
+def instead_of(path: Path, *otherwise: str) -> str:
+    """A remedy where no run is at a path: the nearest names of those beside it, or a few of them.
+
+    Args:
+        path: Where one should be.
+        otherwise: The remedy where there are none; a second one is said in any case.
+    """
+    known = names_of(path.parent)
+    near = nearest(path.name, known)
+    listed = f"runs in {path.parent}: {', '.join(known[:10])}{', …' if len(known) > 10 else ''}" if known else ""
+    named = f"did you mean {' or '.join(near)}?" if near else listed
+    return "\n".join(filter(None, (named or otherwise[0], *otherwise[1:])))
 
 
 def wish_to_stop(path: Path, attempt: int) -> None:

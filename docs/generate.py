@@ -149,7 +149,7 @@ def unlisted() -> list[str]:
         for path in SOURCES
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ClassDef)
-        and any(isinstance(base, ast.Name) and base.id in ("OSError", "Exception") for base in node.bases)
+        and any(isinstance(base, ast.Name) and base.id in ("OSError", "Exception", "SystemExit") for base in node.bases)
     }
     known = {*CLASSES, *STAND_INS, *functions, *inner, "Exit", "ValidationError", "PydanticCustomError"}
     wrong = []

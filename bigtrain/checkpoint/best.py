@@ -14,6 +14,7 @@ from bigtrain.checkpoint.files import DISK, Files
 from bigtrain.checkpoint.folders import find
 from bigtrain.checkpoint.reading import CheckpointReader
 from bigtrain.errors import CheckpointError
+from bigtrain.runs import instead_of, run_at
 
 
 def find_best(folder: Path, files: Files = DISK) -> Path | None:
@@ -43,7 +44,7 @@ def best_of(place: Path) -> Path:
         raise CheckpointError(
             f"there is no folder {place}",
             where=str(place),
-            remedy="give a run's folder, as runs/NAME, or one of checkpoints",
+            remedy=instead_of(run_at(place), "give a run's folder, as runs/NAME, or one of checkpoints"),
         )
     for folder in (place / "checkpoints", place):
         found = find_best(folder)

@@ -26,7 +26,7 @@ from bigtrain.cli.parity import parity
 from bigtrain.cli.replay import replay
 from bigtrain.cli.report import report
 from bigtrain.cli.sweep import sweep
-from bigtrain.cli.train import train
+from bigtrain.cli.train import InOneProcess, train
 from bigtrain.cli.try_run import try_run
 from bigtrain.errors import BigtrainError, ConfigError, SetupError
 from bigtrain.terminal import has_gone, print_line, print_nowhere, settle_outputs
@@ -44,7 +44,8 @@ app.add_typer(ckpt.app, name="ckpt")
 app.add_typer(runs.app, name="runs")
 app.command("try")(try_run)
 app.command("eval")(evaluate)
-for command in (train, launch, parity, explain, predict, report, init, sweep, convert, replay, doctor):
+app.command(cls=InOneProcess)(train)
+for command in (launch, parity, explain, predict, report, init, sweep, convert, replay, doctor):
     app.command()(command)
 
 _wants_traceback = False

@@ -36,7 +36,7 @@ def _checkpoint(path: Path, *, best: bool = False) -> Path:
     """The checkpoint that a path leads to: it itself, or the newest of a run, or the best."""
     from bigtrain.checkpoint import best_of, find
     from bigtrain.errors import CheckpointError
-    from bigtrain.runs import by_name
+    from bigtrain.runs import by_name, instead_of, run_at
 
     path = by_name(path)
     if best:
@@ -49,11 +49,14 @@ def _checkpoint(path: Path, *, best: bool = False) -> Path:
         raise CheckpointError(f"the run {path} has no checkpoint yet", where=str(path), remedy="let it save one")
     if not (path / "manifest.json").exists() and not path.name.startswith("step-"):
         held = "holds none" if path.is_dir() else "is no folder"
+        ways = (
+            "give a run's folder, its name where it is in runs/, or a checkpoint's folder (step-…);\n"
+            "`bigtrain ckpt import` brings others' in"
+        )
         raise CheckpointError(
             f"there is no checkpoint at {path}: it {held}",
             where=str(path),
-            remedy="give a run's folder, its name where it is in runs/, or a checkpoint's folder (step-…);\n"
-            "`bigtrain ckpt import` brings others' in",
+            remedy=ways if path.is_dir() else instead_of(run_at(path), "", ways),
         )
     return path
 
@@ -193,7 +196,7 @@ def prune(
     from bigtrain.checkpoint import find_best
     from bigtrain.checkpoint import prune as remove
     from bigtrain.errors import RunFolderError
-    from bigtrain.runs import by_name
+    from bigtrain.runs import by_name, instead_of, run_at
 
     path = by_name(path)
     for run in (path, path.resolve().parent):  # a run's folder, or its checkpoints/
@@ -206,7 +209,8 @@ def prune(
     if (folder / "manifest.json").exists():
         raise RunFolderError(f"{folder} is one checkpoint", remedy=f"give the folder that holds them: {folder.parent}")
     if not folder.is_dir():
-        raise RunFolderError(f"there is no folder {folder}", remedy="give a run's folder")
+        remedy = instead_of(run_at(folder), "give a run's folder")
+        raise RunFolderError(f"there is no folder {folder}", remedy=remedy)
     gone = remove(folder, keep, keep_every, stays=find_best(folder))
     if as_json:
         typer.echo(json.dumps({"removed": [str(each) for each in gone]}, indent=2))

@@ -166,16 +166,13 @@ def _find(name: str, folder: Path) -> Path:
         RunFolderError: Where there is none of this name, with the nearest ones.
     """
     from bigtrain.errors import RunFolderError
-    from bigtrain.named import suggest
+    from bigtrain.runs import instead_of
 
     for path in (folder / name, Path(name)):
         if (path / "attempts").is_dir():
             return path.resolve()
-    known = sorted(entry.name for entry in folder.glob("*") if (entry / "attempts").is_dir()) if folder.is_dir() else []
-    raise RunFolderError(
-        f"there is no run {name} in {folder}",
-        remedy=suggest(name, known, "runs here") if known else "give the folder of all runs with --dir",
-    )
+    remedy = instead_of(folder / name, "give the folder of all runs with --dir")
+    raise RunFolderError(f"there is no run {name} in {folder}", remedy=remedy)
 
 
 def _time(seconds: float) -> str:

@@ -221,7 +221,8 @@ def _print_table(keys: Sequence[str], points: Sequence[Point], folder: Path, sor
 
     from bigtrain.metrics import is_better_when_small
     from bigtrain.report.words import number
-    from bigtrain.tracking.reading import is_run, load_run
+    from bigtrain.runs import is_run
+    from bigtrain.tracking.reading import load_run
 
     found: dict[Point, RunRecord] = {p: load_run(folder / p.name) for p in points if is_run(folder / p.name)}
     names = list(dict.fromkeys(name for run in found.values() for name in run.metrics if name.startswith("eval/")))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from bigtrain.cli.config import Overrides, RunFile
 
@@ -16,6 +17,30 @@ if TYPE_CHECKING:
 NumProcesses = Annotated[
     int | None, typer.Option("--nproc", min=1, help="Processes on each machine, instead of launch.nproc.")
 ]
+
+
+class InOneProcess(TyperCommand):
+    """A command that refuses the options of `launch` by name."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse what was given; see `launch`, for its options.
+
+        Raises:
+            UserError: Where one of them is given.
+        """
+        from shlex import join
+
+        from bigtrain.errors import UserError
+
+        launch = ctx.find_root().command.get_command(ctx, "launch")
+        own = {name for param in self.params for name in param.opts}
+        options = {name for param in launch.params for name in param.opts} - own
+        for given in args:
+            name = given.partition("=")[0]
+            if name.startswith("-") and name in options:
+                problem = f"bigtrain {ctx.info_name} runs in this process: it takes no {name}, bigtrain launch does"
+                raise UserError(problem, remedy=join(["bigtrain", "launch", *args]))
+        return super().parse_args(ctx, args)
 
 
 def train(run_file: RunFile, overrides: Overrides = None) -> None:

@@ -7,6 +7,7 @@ beneath it.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar
 
 from pydantic import (
@@ -28,9 +29,15 @@ REFUSED = "refused"
 _PATH_TO_OBJECT = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
-def refuse(text: str, remedy: str) -> PydanticCustomError:
-    """What a validator raises: the text continues a sentence that begins with the key and its value."""
-    return PydanticCustomError(REFUSED, "{text}", {"text": text, "remedy": remedy})
+def refuse(text: str, remedy: str, words: Iterable[str] = ()) -> PydanticCustomError:
+    """What a validator raises.
+
+    Args:
+        text: It continues a sentence that begins with the key and its value.
+        remedy: What to do.
+        words: What the value may be; those near to it are proposed.
+    """
+    return PydanticCustomError(REFUSED, "{text}", {"text": text, "remedy": remedy, "words": list(words)})
 
 
 class Section(BaseModel):

@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from bigtrain.catalogue import OPTIMIZERS
 from bigtrain.config.fields import Factor, ListOf, Name, Patterns, Section, Share, refuse
 
 _BETAS_OF_TORCH = (0.9, 0.999)
@@ -147,8 +148,9 @@ class Optim(Section):
     @field_validator("name")
     @classmethod
     def _is_known(cls, value: str) -> str:
-        if ":" not in value and value not in ("sgd", "adam", "adamw"):
-            raise refuse("is not an optimizer", "take sgd, adam, adamw, or pkg.mod:Class for your own")
+        if ":" not in value and value not in OPTIMIZERS:
+            listed = ", ".join(OPTIMIZERS)
+            raise refuse("is not an optimizer", f"take {listed}, or pkg.mod:Class for your own", OPTIMIZERS)
         return value
 
     @field_validator("moments")

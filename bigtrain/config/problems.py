@@ -15,7 +15,16 @@ from bigtrain.config.nodes import Node
 from bigtrain.errors import Problem
 
 # What other tools call it.
-_ELSEWHERE = {"gpu": "cuda", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64", "zero": "deepspeed"}
+_ELSEWHERE = {
+    "gpu": "cuda",
+    "bfloat16": "bf16",
+    "float32": "fp32",
+    "float64": "fp64",
+    "zero": "deepspeed",
+    **dict.fromkeys(("fp16", "float16", "half"), "bf16"),
+}
+# Why what they have is not here.
+_NOT_HERE = dict.fromkeys(("fp16", "float16", "half"), "float16 needs its loss scaled, and bf16 does not; ")
 
 
 def explain(error: ValidationError, tree: Node) -> list[Problem]:
@@ -111,15 +120,18 @@ def _misfit(kind: str, path: Path, node: Node, detail: Mapping[str, Any]) -> Pro
     field = keys.field_at((*path, *detail["loc"][-1:])) or keys.field_at(path)
     shown = name if isinstance(value, dict) and kind == REFUSED else f"{name}: {show(value)}"
     if kind == REFUSED:
-        return Problem(f"{shown} {detail['msg']}", node.origin, name, (), detail["ctx"]["remedy"])
+        near = nearest_words(
+            str(value).rpartition(".")[2], detail["ctx"]["words"]
+        )  # of torch.optim.AdamW the last part
+        return Problem(f"{shown} {detail['msg']}", node.origin, name, tuple(near), detail["ctx"]["remedy"])
     assert field is not None  # pydantic only finds fault with fields
     words = _words(field.annotation)
-    near = nearest_words(value, words) if isinstance(value, str) else []
+    near, why = nearest_words(value, words) if isinstance(value, str) else [], ""
     if isinstance(value, str) and _ELSEWHERE.get(value) in words:
-        near = [_ELSEWHERE[value]]
+        near, why = [_ELSEWHERE[value]], _NOT_HERE.get(value, "")
     takes = keys.kind_of(field.annotation, field.metadata)
     quote = "; put it in quotes" if "text" in takes and isinstance(value, bool | int | float) else ""
-    return Problem(f"{shown} does not fit", node.origin, name, tuple(near), f"it takes: {takes}{quote}")
+    return Problem(f"{shown} does not fit", node.origin, name, tuple(near), f"{why}it takes: {takes}{quote}")
 
 
 def _words(annotation: Any) -> list[str]:

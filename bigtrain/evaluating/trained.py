@@ -27,12 +27,11 @@ from bigtrain.engines.base import persistent_buffers
 from bigtrain.engines.casting import Casting
 from bigtrain.errors import CheckpointError, CombinationError
 from bigtrain.finetune.adapters import build_model
-from bigtrain.named import suggest
 from bigtrain.prepare import COMPUTE_DTYPES, DTYPES, seed_everything
 from bigtrain.protocols import Batch, Task
 from bigtrain.resuming import weights_of
 from bigtrain.running import lack_of_memory_explained, torch_set_up
-from bigtrain.runs import by_name, checkpoints_of
+from bigtrain.runs import by_name, checkpoints_of, instead_of, run_at
 from bigtrain.state import BUFFER, EMA, WEIGHT, TensorSpec, whole
 from bigtrain.trainer import build_task
 
@@ -91,11 +90,11 @@ def find_checkpoint(place: str | Path, folder: str | Path = "runs", *, best: boo
     if checkpoints_of(path).is_dir():
         raise CheckpointError(f"the run {path} has no checkpoint yet", where=str(path), remedy="let it save one")
     if not path.exists():
-        known = sorted(each.parent.name for each in Path(folder).glob("*/checkpoints"))
+        named = run_at(place, folder)
         raise CheckpointError(
             f"there is no run or checkpoint {place}",
-            where=str(Path(folder)),
-            remedy=suggest(str(place), known, "runs here") if known else "give the folder of all runs with --dir",
+            where=str(named.parent),
+            remedy=instead_of(named, "give the folder of all runs with --dir"),
         )
     return path
 

@@ -22,6 +22,7 @@ from bigtrain.config.loader import load
 from bigtrain.config.schema import Config
 from bigtrain.errors import RunFolderError
 from bigtrain.metrics import from_json
+from bigtrain.runs import instead_of, is_run, run_at
 from bigtrain.tracking.base import flat, kind_of
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
@@ -155,9 +156,7 @@ def load_run(path: str | Path) -> RunRecord:
     folder = Path(path)
     folder = folder.parent if folder.is_file() else folder
     if not is_run(folder):
-        there = folder.parent
-        known = sorted(entry.name for entry in _below(there) if is_run(entry))
-        remedy = f"runs in {there}: {', '.join(known[:10])}" if known else "give the folder of a run, as runs/NAME"
+        remedy = instead_of(folder, "give the folder of a run, as runs/NAME")
         raise RunFolderError(f"{folder} is not the folder of a run", remedy=remedy)
     problems: list[str] = []
     written = list(_read_lines(folder / "metrics.jsonl", problems))
@@ -184,12 +183,7 @@ def find_run(name: str | Path, folder: str | Path = "runs") -> RunRecord:
         RunFolderError: Where there is none.
     """
     path = Path(name)
-    return load_run(path if is_run(path) or len(path.parts) > 1 else Path(folder, name))
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run, or what is left of one."""
-    return any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "attempts"))
+    return load_run(path if is_run(path) else run_at(name, folder))
 
 
 def merged(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import bigtrain
 from bigtrain.cli.train import train
 from bigtrain.early import StoppedEarly
 from bigtrain.tracking.reading import read_rows
@@ -82,3 +83,13 @@ def test_a_run_that_goes_on_says_from_where(run_file, capsys):
         train(run_file, ["train.steps=4", f"model.args.number={int(signal.SIGTERM)}"])
     said = "stopped before another step; the same command goes on from step 2\n"
     assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize(
+    ("resume", "way"), [("auto", "the same command goes on"), ("never", "with checkpoint.resume=auto it goes on")]
+)
+def test_what_goes_on_is_said_as_the_run_file_lets_it(run_file, resume, way, capsys):
+    bigtrain.train(run_file, [f"checkpoint.resume={resume}"], hooks=lambda info: info.stop())
+    assert (
+        f"stopped after step 1 of 2, as asked: {run_file.parent}/runs/it; {way} from there" in capsys.readouterr().out
+    )

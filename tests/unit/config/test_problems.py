@@ -105,10 +105,21 @@ def test_a_key_that_resembles_nothing_is_answered_with_what_there_is():
         ("precision=bfloat16", "bf16"),
         ("precision=float32", "fp32"),
         ("engine=zero", "deepspeed"),
+        ("precision=fp16", "bf16"),
+        ("precision=float16", "bf16"),
+        ("optim=adam_w", "adamw"),
+        ("optim=adamW", "adamw"),
+        ("optim.name=torch.optim.AdamW", "adamw"),
     ],
 )
 def test_the_words_of_other_tools_are_understood(change, meant):
-    assert problem_of(SMALLEST, [change]).suggestions == (meant,)
+    assert problem_of(SMALLEST, [change]).suggestions[0] == meant
+
+
+def test_it_is_said_why_there_is_no_fp16():
+    assert problem_of(SMALLEST, ["precision=fp16"]).remedy == (
+        "float16 needs its loss scaled, and bf16 does not; it takes: fp32 | bf16 | fp64"
+    )
 
 
 @pytest.mark.parametrize(
