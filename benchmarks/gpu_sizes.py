@@ -29,7 +29,8 @@ class Sizes:
         product: The side of the square matrices.
         gpt_1b: Arguments of the model whose shape is Llama 3.2 1B's.
         gpt_8b: Those of the model whose shape is Llama 3.1 8B's.
-        gpt_batch: The most sequences a step; halved where memory runs out.
+        gpt_1b_batch: The most sequences a step of the first; halved where memory runs out.
+        gpt_8b_batch: Those of the second.
         vit: A model of images, and its arguments.
         side: Pixels of an image's side.
         images: Images a step.
@@ -42,7 +43,8 @@ class Sizes:
     product: int = 16384
     gpt_1b: Mapping[str, Any] = field(default_factory=lambda: LLAMA_1B)
     gpt_8b: Mapping[str, Any] = field(default_factory=lambda: LLAMA_8B)
-    gpt_batch: int = 8
+    gpt_1b_batch: int = 8
+    gpt_8b_batch: int = 2
     vit: str = "torchvision/vit_l_16"
     side: int = 224
     images: int = 128
@@ -52,7 +54,7 @@ class Sizes:
     compiled: str = "blocks"
 
 
-TINY = Sizes(64, TOY, TOY, 2, "torchvision/resnet18", 32, 4, TOY, 2, 4, "none")
+TINY = Sizes(64, TOY, TOY, 2, 2, "torchvision/resnet18", 32, 4, TOY, 2, 4, "none")
 
 
 @dataclass

@@ -64,8 +64,10 @@ class Profiler:
         activities = [ProfilerActivity.CPU]
         if self._world.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-            torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
-        self._profile = profile(activities=activities, record_shapes=True, profile_memory=True)
+            # With the stacks of C++ torch starts processes that look up their names, and leaves them running.
+            torch.cuda.memory._record_memory_history(stacks="python", max_entries=_MEMORY_EVENTS)
+        # It keeps events over several cycles, of which there is one, or says in every run that it does not.
+        self._profile = profile(activities=activities, record_shapes=True, profile_memory=True, acc_events=True)
         self._profile.start()
         self._mark()
 

@@ -110,8 +110,8 @@ def batches(poisoned: int) -> Iterator[Any]:
         if step == poisoned:
             inputs[2, 1] = math.nan
         batch = Batch((inputs, targets), torch.ones(5), 5, range(100 * step, 100 * step + 5))
-        yield SimpleNamespace(microbatches=[batch], epoch=0, num_samples=5)
         step += 1
+        yield SimpleNamespace(microbatches=[batch], epoch=0, end=(0, step), num_samples=5)
 
 
 def make_loop(policy: str, hook: Hook, optimizer: str = "adamw") -> tuple[Loop, nn.Module]:

@@ -21,7 +21,7 @@ GPT = {"vocab": 256, "layers": 3, "width": 256, "heads": 4, "kv_heads": 2, "cont
 DATA = {"name": "synthetic", "args": {"kind": "causal_lm", "samples": 96, "context": 128, "vocab": 256}}
 
 
-def gpt_run(engine: str, **changes: Any) -> dict[str, Any]:
+def gpt_run(engine: str, /, **changes: Any) -> dict[str, Any]:
     """A run file: a small gpt in bf16, three microbatches a step, with nothing to log."""
     run = {
         "task": "causal_lm",
