@@ -97,6 +97,12 @@ CANNOT: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "by its own Adam, and the optimizer is SGD",
         "ZeRORuntimeException",
     ),
+    "moments in bf16 on the host": (
+        "zero2",
+        {"optim": zoo.BF16_MOMENTS, "zero": Zero(offload_optimizer=True)},
+        "keeps its moments in float32",
+        "ZeRORuntimeException",
+    ),
     "round robin": (
         "zero2",
         {"zero": Zero(extra={"zero_optimization": {"round_robin_gradients": True}})},

@@ -35,13 +35,16 @@ def data() -> Any:
     return torch.utils.data.TensorDataset(inputs, inputs.sum(1, keepdim=True))
 
 
-def train_and_export(folder: str) -> None:
+def train_and_export(folder: str, moments: str) -> None:
     values = {
         "run": {"name": "run", "dir": folder},
         "task": "regression",
         "data": {"name": "x", "batch_size": 4, "eval": "none"},
         "train": {"steps": 5},
-        "optim": {"name": "adamw", "lr": 0.01, "decay_norms_and_biases": True},
+        "optim": {
+            **{"name": "adamw", "lr": 0.01, "decay_norms_and_biases": True},
+            **{"moments": moments, "args": {"betas": [0.9, 0.95]}},
+        },
         "engine": {"name": "fsdp", "device": "cpu"},
         "track": {"progress": "none"},
     }
@@ -55,7 +58,7 @@ def deepspeed_engine(stage: int, universal: bool) -> Any:
     import deepspeed
 
     model = Net()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.01, betas=(0.9, 0.95))
     settings = {
         "train_micro_batch_size_per_gpu": 4,
         "zero_optimization": {"stage": stage},
@@ -82,9 +85,9 @@ def load_with_deepspeed(folder: str, stage: int) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_deepspeed_loads_it(tmp_path: Path, stage: int) -> None:
-    run_distributed(train_and_export, 2, str(tmp_path))
+@pytest.mark.parametrize(("stage", "moments"), [(1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
+def test_deepspeed_loads_it(tmp_path: Path, stage: int, moments: str) -> None:
+    run_distributed(train_and_export, 2, str(tmp_path), moments)
     found = run_distributed(load_with_deepspeed, 2, str(tmp_path), stage)[0]
     with open_checkpoint(find(tmp_path / "run" / "checkpoints")[0]) as reader:
         for (kind, name), spec in reader.index.items():

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import bigtrain
 from bigtrain import moments
+from bigtrain.checkpoint import diff, find, open_checkpoint, verify
 from bigtrain.config.loader import from_dict
 from bigtrain.errors import ConfigError, UserError
 from bigtrain.moments import MOMENTS, Bf16Adam, Bf16AdamW
 from bigtrain.optim import plan_optimizer
 from tests.helpers import zoo
+from tests.helpers.resuming import BrokenOffError, break_off, losses, one_thread, stop
+from tests.helpers.resuming import config as resumed_config
 
 PAIRS = [(torch.optim.Adam, Bf16Adam), (torch.optim.AdamW, Bf16AdamW)]
 SHAPES = [(37, 53), (5,), (), (0, 4), (3000,)]
@@ -223,3 +228,41 @@ def test_the_bound_is_where_bfloat16_stops_following():
     assert abs(off[0.95]) < 0.01
     assert abs(off[0.99]) < 0.03
     assert off[0.998] > 1
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+
+
+def moments_in(path: Path) -> dict[tuple[str, str], torch.dtype]:
+    with open_checkpoint(find(path / "checkpoints")[0]) as reader:
+        return {key: spec.dtype for key, spec in reader.index.items() if key[0] in MOMENTS}
+
+
+def run_file(folder: Path, moments: str = "bf16", **changes: Any) -> dict[str, Any]:
+    values = resumed_config(folder, **changes)
+    values["optim"] |= {"moments": moments, **BETAS}
+    return values
+
+
+def test_a_run_that_dies_goes_on_to_the_last_bit(tmp_path):
+    with one_thread():
+        unbroken = bigtrain.train(run_file(tmp_path), ["run.name=unbroken"])
+        with pytest.raises(BrokenOffError):
+            bigtrain.train(run_file(tmp_path), hooks=[break_off(7)])
+        run = bigtrain.train(run_file(tmp_path))
+    ours, theirs = (find(path / "checkpoints")[0] for path in (run.path, unbroken.path))
+    assert losses(run) == losses(unbroken)
+    assert diff(ours, theirs).differences == ()
+    assert set(moments_in(run.path).values()) == {torch.bfloat16}
+    verify(ours)
+
+
+@pytest.mark.parametrize(("before", "after"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_a_run_goes_on_with_the_moments_that_its_run_file_says_now(tmp_path, before, after, capsys):
+    bigtrain.train(run_file(tmp_path, before), hooks=[stop(5)])
+    kept = moments_in(tmp_path / "runs" / "run")
+    run = bigtrain.train(run_file(tmp_path, after), ["track.progress=plain"])
+    assert f"changed: optim.moments was {before!r} and is {after!r}" in capsys.readouterr().out
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    assert set(kept.values()) == {dtypes[before]}
+    assert moments_in(run.path) == dict.fromkeys(kept, dtypes[after])

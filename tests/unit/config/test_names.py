@@ -136,6 +136,13 @@ def test_blocks_are_known() -> None:
             "and the optimizer is sgd",
         ),
         (
+            [
+                "engine={name: deepspeed, deepspeed: {offload_optimizer: cpu}}",
+                "optim={moments: bf16, args: {betas: [0.9, 0.95]}}",
+            ],
+            "Adam for the host keeps its moments in float32",
+        ),
+        (
             ["engine={name: deepspeed, deepspeed: {offload_optimizer: cpu}}", "optim.args={amsgrad: true}"],
             "knows no amsgrad",
         ),

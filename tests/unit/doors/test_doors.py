@@ -48,6 +48,19 @@ def untied(tmp_path_factory) -> Path:
     return find(run.path / "checkpoints")[0]
 
 
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory) -> Path:
+    """As the first, with moments in bfloat16."""
+    folder = tmp_path_factory.mktemp("narrow")
+    changes = ["train.steps=3", "optim.moments=bf16", "optim.args.betas=[0.9, 0.95]"]
+    return find(bigtrain.train(config(folder), changes).path / "checkpoints")[0]
+
+
+@pytest.fixture(params=["checkpoint", "narrow"])
+def trained(request) -> Path:
+    return request.getfixturevalue(request.param)
+
+
 def exported(checkpoint: Path, out: Path, form: str) -> Path:
     with open_checkpoint(checkpoint) as reader:
         export(reader, out, form)
@@ -128,10 +141,10 @@ def test_a_shard_without_a_tensor_that_the_index_lists_is_refused(tmp_path):
         open_weights(folder)
 
 
-def test_torch_loads_it_without_running_anything(checkpoint, tmp_path):
-    content = torch.load(exported(checkpoint, tmp_path / "w.pt", "torch"), weights_only=True)
-    assert_same(content["model"], weights(checkpoint))
-    with open_checkpoint(checkpoint) as reader:
+def test_torch_loads_it_without_running_anything(trained, tmp_path):
+    content = torch.load(exported(trained, tmp_path / "w.pt", "torch"), weights_only=True)
+    assert_same(content["model"], weights(trained))
+    with open_checkpoint(trained) as reader:
         assert content["step"] == 3
         assert content["hyper"] == reader.hyper
         for kind, name in reader.index:
@@ -139,10 +152,10 @@ def test_torch_loads_it_without_running_anything(checkpoint, tmp_path):
                 assert torch.equal(content["optimizer"][name][kind], whole_tensor(reader, kind, name))
 
 
-def test_dcp_loads_it(checkpoint, tmp_path):
-    folder = exported(checkpoint, tmp_path / "dcp", "dcp")
-    expected = weights(checkpoint)
-    with open_checkpoint(checkpoint) as reader:
+def test_dcp_loads_it(trained, tmp_path):
+    folder = exported(trained, tmp_path / "dcp", "dcp")
+    expected = weights(trained)
+    with open_checkpoint(trained) as reader:
         moments = {name: whole_tensor(reader, kind, name) for kind, name in reader.index if kind == "exp_avg"}
     state = {
         "model": {name: torch.empty_like(tensor) for name, tensor in expected.items()},
@@ -154,13 +167,13 @@ def test_dcp_loads_it(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["torch", "dcp", "deepspeed"])
-def test_what_comes_back_is_the_same_to_the_last_bit_and_goes_on(checkpoint, tmp_path, form):
-    out = exported(checkpoint, tmp_path / "out" / f"x{'.pt' if form == 'torch' else ''}", form)
+def test_what_comes_back_is_the_same_to_the_last_bit_and_goes_on(trained, tmp_path, form):
+    out = exported(trained, tmp_path / "out" / f"x{'.pt' if form == 'torch' else ''}", form)
     back = bring_in(out, tmp_path / "in", form, allow_pickle=form != "torch")
-    assert back.name == checkpoint.name
-    found = diff(checkpoint, back)
+    assert back.name == trained.name
+    found = diff(trained, back)
     assert found.differences == ()
-    with open_checkpoint(checkpoint) as ours, open_checkpoint(back) as theirs:
+    with open_checkpoint(trained) as ours, open_checkpoint(back) as theirs:
         brought = theirs.extra.pop("brought_in")
         assert brought == {"from": str(out), "form": form}
         assert theirs.extra == ours.extra
