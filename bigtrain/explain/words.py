@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
-from bigtrain.explain import Advice, Explanation, Footprint
+from bigtrain.explain import Explanation, Footprint
 from bigtrain.explain.batches import Batches
 from bigtrain.explain.parts import Block
 
@@ -48,7 +48,7 @@ def sections(explained: Explanation) -> dict[str, list[str]]:
         "model": list(_model(explained)),
         "sharding": list(_sharding(explained)),
         "memory": list(_memory(explained)),
-        "advice": list(_advice(explained.advice, explained.gpu_memory, explained.world_size)),
+        "advice": list(_advice(explained)),
     }
 
 
@@ -181,7 +181,8 @@ def _memory(explained: Explanation) -> Iterator[str]:
         yield "marked by *: in the host's memory, and not in the sum"
 
 
-def _advice(advice: Advice, memory: int | None, world_size: int) -> Iterator[str]:
+def _advice(explained: Explanation) -> Iterator[str]:
+    advice, memory, world_size = explained.advice, explained.gpu_memory, explained.world_size
     smallest = f"{advice.smallest.label} needs least: {size_of(advice.smallest.on_device)}"
     if memory is None:
         fastest = "single" if world_size == 1 else "ddp"
@@ -190,6 +191,9 @@ def _advice(advice: Advice, memory: int | None, world_size: int) -> Iterator[str
     elif advice.fastest is None:
         enough = f"; fsdp fits on {_processes(advice.fits_from)}" if advice.fits_from else ""
         yield f"nothing fits in {size_of(memory)} on {_processes(world_size)}: {smallest}{enough}"
+        optim = explained.config.optim
+        if optim.name in ("adam", "adamw") and optim.moments == "fp32":
+            yield "optim.moments=bf16, with optim.args.betas=[0.9, 0.95], halves what the optimizer keeps"
     else:
         left = size_of(memory - advice.fastest.on_device)
         yield f"take {_keys(advice.fastest)}: the fastest that fits in {size_of(memory)}; {left} are left"

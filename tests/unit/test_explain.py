@@ -194,6 +194,29 @@ def advice(memory, world_size=4, **changes):
     return explain(configured(**changes), world_size=world_size, gpu_memory=memory).advice
 
 
+def test_where_nothing_fits_moments_in_bf16_are_named_once_they_would_help():
+    def said(**optim):
+        explained = explain(configured(optim={"args": {"betas": [0.9, 0.95]}, **optim}), world_size=4, gpu_memory=100)
+        return " ".join(sections(explained)["advice"])
+
+    assert "optim.moments=bf16" in said()
+    assert "optim.moments=bf16" not in said(moments="bf16")
+    sgd = sections(explain(configured(optim="sgd"), world_size=4, gpu_memory=100))["advice"]
+    assert "nothing fits" in sgd[0]
+    assert "optim.moments=bf16" not in " ".join(sgd)
+
+
+def test_moments_in_bf16_halve_what_the_optimizer_keeps():
+    wide, narrow = (
+        explain(configured(optim={"moments": moments, "args": {"betas": [0.9, 0.95]}}), world_size=2).footprints
+        for moments in ("fp32", "bf16")
+    )
+    for before, after in zip(wide, narrow, strict=True):
+        counters = 2 * after.optimizer - before.optimizer  # which stay as they are
+        assert 0 < counters < 100
+        assert after.on_device == before.on_device - (before.optimizer - after.optimizer)
+
+
 def test_the_fastest_that_fits_is_advised():
     explained = explain(configured(), world_size=4)
     ddp, fsdp = line(explained, "ddp"), line(explained, "fsdp")
