@@ -168,7 +168,7 @@ class Optim(Section):
         betas = betas if isinstance(betas, list | tuple) else ()  # what they are not is found with the other arguments
         if any(isinstance(beta, float) and beta > _LARGEST_BETA for beta in betas):
             raise refuse(
-                f"cannot follow betas of {list(betas)}: changes below 1/512 of a value are rounded away; "
+                f"cannot follow betas of {list(betas)}: its steps are 1/256 to 1/128 of a value; "
                 f"{_LARGEST_BETA} is the largest that works",
                 "set optim.args.betas=[0.9, 0.95]",
             )

@@ -36,12 +36,14 @@ TORCH_CASES = [
     (ODD, "fp32", zoo.ADAMW, False),
     (ODD, "fp64", zoo.ADAMW, True),
     (ODD, "fp32", zoo.SGD, False),
+    (ODD, "fp32", zoo.BF16_MOMENTS, True),
     (ODD, "fp32", zoo.NORMALISED, True),
     (GPT, "bf16", {"name": "adamw"}, True),
 ]
 ZERO_CASES = [
     (ODD, "fp32", zoo.ADAMW, False),
     (ODD, "fp32", zoo.SGD, True),
+    (ODD, "fp32", zoo.BF16_MOMENTS, False),
     (GPT, "bf16", {"name": "adamw"}, True),
 ]
 SPAWNS = [
