@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from bigtrain.errors import PASSING, BigtrainError
 from bigtrain.runs import read_json, write_atomically
@@ -83,5 +85,14 @@ def _may_pass(error: BaseException, step: int | None) -> bool:
 def read_errors(attempt: str | Path) -> list[RankFailure]:
     """How ranks failed in an attempt, the first one first."""
     files = sorted(Path(attempt, "errors").glob("rank-*.json"))
-    failures = [RankFailure(**failure) for file in files if (failure := read_json(file))]
+    failures = [failure for file in files if (failure := _failure(read_json(file)))]
     return sorted(failures, key=lambda failure: failure.time)
+
+
+def _failure(held: Mapping[str, Any]) -> RankFailure | None:
+    """What a rank left; None where the file is damaged."""
+    try:
+        failure = RankFailure(**held)
+        return failure if isinstance(failure.rank, int) and isinstance(failure.time, float) else None
+    except TypeError:  # other fields
+        return None

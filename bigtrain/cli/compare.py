@@ -34,7 +34,11 @@ def compare(
 
     if len(runs) < 2:
         raise UserError("one run is compared with nothing", remedy="name two or more: bigtrain runs compare A B")
-    compared = put_beside([find_run(run, folder) for run in runs])
+    found = [find_run(run, folder) for run in runs]
+    for record in found:
+        for problem in record.problems:
+            typer.echo(f"! {record.name}: {problem}")
+    compared = put_beside(found)
     print_comparison(compared)
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)

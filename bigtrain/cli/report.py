@@ -30,5 +30,8 @@ def report(run: RunName, folder: Folder = Path("runs")) -> None:
     from bigtrain.report.words import num_bytes
     from bigtrain.tracking.reading import find_run
 
-    path = write_report(find_run(run, folder))
+    found = find_run(run, folder)
+    path = write_report(found)
+    for problem in found.problems:
+        typer.echo(f"! {problem}")
     typer.echo(f"{path} ({num_bytes(path.stat().st_size)})")

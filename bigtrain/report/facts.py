@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from bigtrain.config.keys import all_keys, show
 from bigtrain.failures import read_errors
 from bigtrain.metrics import is_better_when_small
 from bigtrain.report.words import count, escape, moment, num_bytes, number, seconds
+from bigtrain.runs import read_json
 from bigtrain.tracking.reading import RunRecord, Series
 
 # A run without a lease (its folder is a copy, say) that has written nothing for so long is not running.
@@ -166,7 +166,7 @@ def config_table(run: RunRecord) -> str:
 def machine_table(run: RunRecord) -> str:
     """The code, the packages and the machine, where the run folder tells them."""
     folder = run.path / "repro"
-    machine = _json(folder / "machine.json")
+    machine = read_json(folder / "machine.json")
     rows = [(key.replace("_", " "), _words(value)) for key, value in machine.items() if value not in (None, "", [])]
     table = "".join(f'<tr><td class="name">{escape(key)}</td><td>{escape(value)}</td></tr>' for key, value in rows)
     extra = ""
@@ -183,14 +183,6 @@ def _words(value: Any) -> str:
         counted = [(item, len(list(group))) for item, group in itertools.groupby(map(str, value))]
         return ", ".join(f"{number} × {item}" if number > 1 else item for item, number in counted)
     return str(value)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _text(path: Path) -> str:

@@ -97,10 +97,9 @@ def samples(run: RunRecord) -> str:
     """Sample predictions, as a run's samples.json keeps them."""
     try:
         held = json.loads((run.path / "samples.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return ""
-    if not isinstance(held, list):
-        return ""
+    held = [sample for sample in held if isinstance(sample, dict)] if isinstance(held, list) else []
     names = run.result.get("class_names")
     images = [_image(sample, names) for sample in held if "image" in sample]
     texts = [_text(sample) for sample in held if "text" in sample]
@@ -114,7 +113,7 @@ def _image(sample: dict[str, Any], names: Any) -> str:
     source = str(sample["image"])
     if not source.startswith("data:image/png;base64,"):
         return ""
-    sure = f" {float(sample['confidence']):.0%}" if "confidence" in sample else ""
+    sure = f" {sample['confidence']:.0%}" if isinstance(sample.get("confidence"), float) else ""
     label = "" if is_right else f"<br>is {_class(sample.get('target'), names)}"
     return (
         f'<figure class="{"right" if is_right else "wrong"}"><img alt="" src="{escape(source)}">'

@@ -24,10 +24,10 @@ from bigtrain.errors import RunFolderError
 from bigtrain.metrics import from_json
 from bigtrain.runs import instead_of, is_run, run_at
 from bigtrain.tracking.base import flat, kind_of
+from bigtrain.tracking.soundness import is_row, is_tree, sound_result
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
 _ORDER = {"train": 0, "eval": 1}
-_LARGEST_STEP = 2**63 - 1  # what an array of steps holds
 
 
 class Series(NamedTuple):
@@ -163,6 +163,7 @@ def load_run(path: str | Path) -> RunRecord:
     rows, events = merged(written), [row for row in written if "event" in row]
     values = _read(folder / "config.yaml", lambda text: yaml.load(text, Loader=_YAML), problems)
     result = _read(folder / "result.json", lambda text: from_json(json.loads(text)), problems, must_exist=False)
+    result = sound_result(result, problems)
     return RunRecord(folder, values, rows, events, result, tuple(problems))
 
 
@@ -219,13 +220,13 @@ def _below(folder: Path) -> list[Path]:
 def _read(path: Path, parse: Any, problems: list[str], *, must_exist: bool = True) -> dict[str, Any]:
     try:
         value = parse(path.read_text(encoding="utf-8"))
-        if isinstance(value, dict):
+        if isinstance(value, dict) and is_tree(value):
             return value
         problems.append(f"{path.name} is damaged")
     except FileNotFoundError:
         if must_exist:
             problems.append(f"there is no {path.name}")
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         problems.append(f"{path.name} cannot be read: {str(error).partition(chr(10))[0]}")
     return {}
 
@@ -243,14 +244,16 @@ def _read_lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
     for line in lines[:-1]:  # what follows the last newline was cut off, or is being written now
         try:
             row = json.loads(line)
-            if isinstance(row["step"], int) and 0 <= row["step"] <= _LARGEST_STEP:
-                yield from_json(row) if b"nan" in line or b"inf" in line else row
-                continue
-        except (ValueError, KeyError, TypeError):
-            pass
-        damaged += 1
+            row = from_json(row) if b"nan" in line or b"inf" in line else row
+        except (ValueError, RecursionError):
+            row = None
+        if is_row(row):
+            yield row
+        else:
+            damaged += 1
     if damaged:
-        problems.append(f"{damaged} line{'s' if damaged > 1 else ''} of {path.name} are damaged and left out")
+        lines_are = "line of {} is" if damaged == 1 else "lines of {} are"
+        problems.append(f"{damaged} {lines_are.format(path.name)} damaged and left out")
 
 
 def _columns(rows: Iterable[Mapping[str, Any]]) -> dict[str, Series]:

@@ -127,6 +127,45 @@ def test_a_folder_that_is_half_there_has_a_report(tmp_path: Path, held: str) -> 
     assert "there is no " in page.text
 
 
+_BOMB = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 9)}]\n" for n in range(12))
+_DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("config.yaml", "task: &t {name: *t}\n", "config.yaml is damaged"),
+        ("config.yaml", _BOMB, "config.yaml is damaged"),
+        ("result.json", _DEEP, "result.json cannot be read"),
+        ("result.json", '{"steps": 1, "metrics": 3}', "metrics in result.json is damaged and left out"),
+        ("result.json", '{"world_size": "two"}', "world_size in result.json is damaged and left out"),
+        ("result.json", '{"class_names": 5}', "class_names in result.json is damaged and left out"),
+        ("result.json", '{"best": {"value": "x"}}', "best in result.json is damaged and left out"),
+        (
+            "result.json",
+            '{"metrics": {"accuracy": 0.5, "confusion_matrix": [[1, 2], [3]]}}',
+            "metrics.confusion_matrix in result.json is damaged and left out",
+        ),
+        ("metrics.jsonl", '{"step": 1, "loss": 1.0, "time": "x"}\n', "1 line of metrics.jsonl is damaged and left out"),
+        ("metrics.jsonl", '{"step": 1, "event": 5}\n', "1 line of metrics.jsonl is damaged and left out"),
+        ("metrics.jsonl", f'{{"step": 1, "loss": {_DEEP}}}\n', "1 line of metrics.jsonl is damaged and left out"),
+        ("samples.json", '[1, {"text": "a sample"}, null]', "a sample"),
+        ("attempts/0/errors/rank-00000.json", '{"rank": "x"}', "broken off"),
+    ],
+)
+def test_what_is_damaged_is_left_out_and_said(tmp_path: Path, name: str, text: str, problem: str) -> None:
+    folder = make_run(tmp_path / "it", steps=100, done=name != "attempts/0/errors/rank-00000.json")
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    os.utime(folder / "metrics.jsonl", (0, 0))
+    with (folder / name).open("a" if name == "metrics.jsonl" else "w") as file:
+        file.write(text)
+    run = load_run(folder)
+    page = Page(write_report(run).read_text())
+    assert problem in page.text
+    assert "training loss" in page.text
+    compare([run, run]).html()
+
+
 def test_states(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "it", steps=100, done=False)
     assert Page(report(load_run(folder))).count("span", "running") == 1
