@@ -59,7 +59,8 @@ def evaluate(
 def predict(
     place: Place,
     inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT…", help="Picture files; or texts, @FILE for one in a file.")
+        list[str],
+        typer.Argument(metavar="INPUT…", help="Pictures, or folders of them; or texts, @FILE for one in a file."),
     ],
     max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens that are added to a prompt.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token; 1 draws as learnt.")] = 0.0,

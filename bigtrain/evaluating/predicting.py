@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ def predict(trained: Trained, inputs: Sequence[str], generating: Generating = _T
 
     Args:
         trained: The model.
-        inputs: Pictures' files for a classification, texts for one of texts, prompts for a language model; `@file`
-            is a file with a text in it.
+        inputs: Pictures' files, or folders of them, for a classification; texts for one of texts; prompts for a
+            language model. `@file` is a file with a text in it.
         generating: How a text is gone on with.
 
     Raises:
@@ -58,6 +59,7 @@ def predict(trained: Trained, inputs: Sequence[str], generating: Generating = _T
 def _classes(trained: Trained, inputs: Sequence[str]) -> Iterator[Prediction]:
     config = trained.config
     refuse_given(config, "data")
+    inputs = [path for each in inputs for path in _files_of(each)]
     data, shape = _data_of(trained)
     names = getattr(data, "class_names", None)
     size = config.data.batch_size
@@ -74,6 +76,23 @@ def _classes(trained: Trained, inputs: Sequence[str]) -> Iterator[Prediction]:
         for path, probability, label in zip(paths, best, labels, strict=True):
             name = names[label] if names and label < len(names) else str(label)
             yield Prediction(str(path), {"class": str(name), "probability": round(probability, 6), "label": label})
+
+
+def _files_of(place: str) -> list[str]:
+    """The pictures of a folder and all folders in it, by name; of a file that file."""
+    if not os.path.isdir(place):
+        return [place]
+    from torchvision.datasets.folder import IMG_EXTENSIONS  # what is read for a training, too
+
+    files = [os.path.join(folder, name) for folder, _, names in os.walk(place) for name in names]
+    found = sorted(file for file in files if file.lower().endswith(IMG_EXTENSIONS))
+    if not found:
+        raise DataError(
+            f"the folder {place!r} holds no pictures",
+            where="INPUT",
+            remedy=f"give one that holds some, or files; pictures end in {', '.join(IMG_EXTENSIONS)}",
+        )
+    return found
 
 
 def _data_of(trained: Trained) -> tuple[Any, torch.Size | None]:
@@ -167,7 +186,7 @@ def _read(path: Path) -> Any:
     from PIL import Image, ImageOps
 
     if not path.is_file():
-        raise missing(path, "the files of pictures, in/*.png say", where="INPUT")
+        raise missing(path, "the files of pictures, as in/*.png, or their folder", where="INPUT")
     try:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture).copy()

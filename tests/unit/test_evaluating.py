@@ -137,6 +137,20 @@ def test_a_folder_of_pictures_goes_through_the_transforms(tmp_path: Path, pictur
     assert str(tmp_path / "in") in caught.value.remedy
 
 
+def test_a_folder_of_pictures_is_all_that_are_in_it(digits: Path, pictures: list[str], tmp_path: Path) -> None:
+    (tmp_path / "in" / "more").mkdir(parents=True)
+    for number, path in enumerate(pictures):
+        Image.open(path).save(tmp_path / "in" / ("more" if number else "") / f"{number}.{'PNG' if number else 'jpg'}")
+    (tmp_path / "in" / "notes.txt").write_text("no picture")
+    with opened(find_checkpoint(digits)) as trained:
+        answers = list(predict(trained, [f"{tmp_path}/in", pictures[0]]))
+        assert [answer.input for answer in answers] == [
+            *sorted(str(path) for path in (tmp_path / "in").rglob("*.*") if path.suffix != ".txt"),
+            pictures[0],
+        ]
+        assert len(answers) == len(pictures) + 1
+
+
 def test_a_text_goes_on_as_the_model_says(gpt: Path) -> None:
     with opened(find_checkpoint(gpt)) as trained:
         (answer,) = predict(trained, ["the"], Generating(max_tokens=6))
@@ -169,12 +183,13 @@ def test_prompts_that_do_not_fit(gpt: Path, text: str, words: str) -> None:
 def test_files_that_are_no_pictures(digits: Path, pictures: list[str], tmp_path: Path) -> None:
     (tmp_path / "it.png").write_text("no picture")
     (tmp_path / "cut.png").write_bytes(Path(pictures[0]).read_bytes()[:60])
+    (tmp_path / "none").mkdir()
     with opened(find_checkpoint(digits)) as trained:
         for name, words in [
             ("it.png", "no picture"),
             ("cut.png", "no picture"),
             ("gone.png", "there is no"),
-            (".", "is a folder"),
+            ("none", "holds no pictures"),
         ]:
             with pytest.raises(DataError, match=words):
                 list(predict(trained, [str(tmp_path / name)]))
