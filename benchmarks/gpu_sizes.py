@@ -29,14 +29,15 @@ class Sizes:
         product: The side of the square matrices.
         gpt_1b: Arguments of the model whose shape is Llama 3.2 1B's.
         gpt_8b: Those of the model whose shape is Llama 3.1 8B's.
-        gpt_1b_batch: The most sequences a step of the first; halved where memory runs out.
-        gpt_8b_batch: Those of the second.
+        gpt_1b_batch: Sequences a step of the first; the microbatch is halved where memory runs out.
+        gpt_8b_batch: Those of the second, whose microbatches have one.
         vit: A model of images, and its arguments.
         side: Pixels of an image's side.
         images: Images a step.
         small: Arguments of the gpt that the peers train.
         small_batch: Its sequences a step.
         steps: Steps that are measured, at most.
+        measured_s: Seconds that are left for them, where settling takes long: two steps settle at least.
         compiled: What torch.compile compiles.
     """
 
@@ -44,17 +45,18 @@ class Sizes:
     gpt_1b: Mapping[str, Any] = field(default_factory=lambda: LLAMA_1B)
     gpt_8b: Mapping[str, Any] = field(default_factory=lambda: LLAMA_8B)
     gpt_1b_batch: int = 8
-    gpt_8b_batch: int = 2
+    gpt_8b_batch: int = 8
     vit: str = "torchvision/vit_l_16"
     side: int = 224
-    images: int = 128
+    images: int = 256
     small: Mapping[str, Any] = field(default_factory=lambda: GPT_2_SMALL)
     small_batch: int = 16
     steps: int = 30
+    measured_s: float = 30.0
     compiled: str = "blocks"
 
 
-TINY = Sizes(64, TOY, TOY, 2, 2, "torchvision/resnet18", 32, 4, TOY, 2, 4, "none")
+TINY = Sizes(64, TOY, TOY, 2, 2, "torchvision/resnet18", 32, 4, TOY, 2, 4, 0.0, "none")
 
 
 @dataclass

@@ -2,8 +2,7 @@
 
 Weights, gradients and arithmetic stay as they are. A step widens some millions of elements of the moments to the
 weights' dtype, lets torch's fused kernel update them and the weights, and rounds them back to nearest, so that what is
-wide at once is small, and on a GPU most of it stays in the cache. torch's kernel itself wants moments of the weights'
-dtype (2.11).
+wide at once is small. torch's kernel itself wants moments of the weights' dtype (2.11).
 """
 
 from __future__ import annotations
@@ -19,8 +18,9 @@ from bigtrain.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
-# Elements whose moments are wide at once, in all parameters that are updated by one kernel.
-_CHUNK = 1 << 22
+# Elements whose moments are wide at once, in all parameters that are updated by one kernel: few next to a model's, and
+# so many that a GPU has more to do with them than the host has to ask for it.
+_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)

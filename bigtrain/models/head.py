@@ -129,7 +129,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if to_hidden is not None:
                 to_hidden[rows] = (slopes @ weight).masked_fill_(ignored, 0)
             if to_weight is not None:
-                to_weight += slopes.mT @ hidden[rows].masked_fill(ignored, 0)
+                _add_product(to_weight, slopes.mT, hidden[rows].masked_fill(ignored, 0))
         ctx.save_for_backward(to_hidden, None if to_weight is None else to_weight.to(weight.dtype))
         return total
 
@@ -138,6 +138,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if saved is None else saved * gradient for saved in ctx.saved_tensors]
         return (*scaled, None, None, None, None)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a matrix product to a sum of equal or higher precision."""
+    if a.is_cuda and a.dtype != total.dtype and not torch.compiler.is_compiling():
+        # Added up inside the kernel: a product of its own would be written, rounded, and read again.
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 def _loss_and_slopes_in_place(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
