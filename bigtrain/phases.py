@@ -83,11 +83,9 @@ class Phases:
     @property
     def words(self) -> list[str]:
         """What there is to say of where the run begins or goes on."""
-        unreached = self.training.unreached()
-        never = [f"{unreached} of finetune.unfreeze never begin: the run ends before"] if unreached else []
         begun = self.started.lines() if self.started else []
         cached = self._cached.words if self._cached else []
-        return [*(self.resumed.words if self.resumed else begun), *cached, *never]
+        return [*(self.resumed.words if self.resumed else begun), *cached]
 
     def close(self) -> None:
         """Let go of the training."""

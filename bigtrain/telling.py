@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -107,11 +107,18 @@ def begin_telling(
             **({"changed": ", ".join(changed)} if changed else {}),
         }
     )
-    warmup = config.optim.schedule.warmup_steps
-    if warmup > total:
-        text = f"optim.schedule.warmup_steps is {warmup}, and the run has {total} steps: it never reaches its full rate"
+    for text in _never_reached(training):
         telling.tell({"step": done, "event": "warning", "text": text})
     return telling
+
+
+def _never_reached(training: Training) -> Iterator[str]:
+    """What the run file has planned for later than the run's end."""
+    warmup, total = training.config.optim.schedule.warmup_steps, training.cadence.total_steps
+    if warmup > total:
+        yield f"optim.schedule.warmup_steps is {warmup}, and the run has {total} steps: it never reaches its full rate"
+    for key, moment in training.unreached().items():
+        yield f"{key} begins after step {moment}, and the run has {total} steps: it never begins"
 
 
 def finish_telling(

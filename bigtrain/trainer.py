@@ -130,10 +130,11 @@ class Training:
         self.cadence = _cadence(self.config, self.train, done)
         self.schedule = _schedule(self.config, self.cadence, self.train)
 
-    def unreached(self) -> int:
-        """How many phases of the freeze plan do not begin before the run ends."""
+    def unreached(self) -> dict[str, int]:
+        """The keys of `finetune.unfreeze` that do not begin before the run ends, with the steps they begin after."""
         moments = begins_at(self.config.finetune, self.train.steps_per_epoch)
-        return sum(moment >= self.cadence.total_steps for moment in moments)
+        late = {f"finetune.unfreeze.{number}": moment for number, moment in enumerate(moments)}
+        return {key: moment for key, moment in late.items() if moment >= self.cadence.total_steps}
 
     def move(self, batch: Batch) -> Batch:
         """A batch on this rank's device, in the run's dtype."""

@@ -165,12 +165,11 @@ def phase_at(config: schema.Finetune, steps: int, epoch: int) -> int:
 
 
 def begins_at(config: schema.Finetune, steps_per_epoch: int) -> list[int]:
-    """After how many steps each phase but the first begins, where the batch size stays what it is."""
-    moments = [
+    """After how many steps each entry of `unfreeze` begins, where the batch size stays what it is."""
+    return [
         entry.at_epoch * steps_per_epoch if entry.at_epoch is not None else entry.at_step or 0
         for entry in config.unfreeze
     ]
-    return list(dict.fromkeys(moments))
 
 
 def frozen_batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:

@@ -82,6 +82,13 @@ def test_every_phase_is_told_and_proved(unbroken):
         assert (row["moved"], row["frozen"]) == (len(trained), len(sizes) - len(trained))
 
 
+def test_what_never_begins_is_said_at_the_start(unbroken, tmp_path):
+    assert events(unbroken[0].path, "warning") == []
+    path = bigtrain.train(config(tmp_path), ["train.steps=5"]).path
+    said = "begins after step 8, and the run has 5 steps: it never begins"
+    assert [row["text"] for row in events(path, "warning")] == [f"finetune.unfreeze.{n} {said}" for n in (1, 2)]
+
+
 def test_optimizer_state_is_that_of_what_trains(tmp_path):
     run = bigtrain.train(config(tmp_path, checkpoint={"every_steps": 1, "keep": None}))
     for path in find(run.path / "checkpoints"):
