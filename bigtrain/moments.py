@@ -8,8 +8,7 @@ wide at once is small. torch's kernel itself wants moments of the weights' dtype
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,21 +18,24 @@ from bigtrain.errors import UserError
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 # Elements whose moments are wide at once, in all parameters that are updated by one kernel: few next to a model's, and
-# so many that a GPU has more to do with them than the host has to ask for it.
+# so many that a GPU has more to do with them than the host has to ask for it. A host's memory of more than a megabyte
+# goes back to the system and is fetched anew in every step: measured, the step then takes four times as long.
 _CHUNK = 1 << 24
+_CHUNK_ON_HOST = 1 << 18
 
 
-@dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     """A piece of one parameter to be updated; every tensor is a view of what is kept.
 
     Attributes:
+        numel: How many elements it has.
         weight: Its weights.
         gradient: Of the same shape.
         moments: Those that the optimizer keeps, in the order of `MOMENTS`.
         step: The parameter's counter, already advanced.
     """
 
+    numel: int
     weight: Tensor
     gradient: Tensor
     moments: tuple[Tensor, ...]
@@ -127,29 +129,32 @@ class Bf16AdamW(Bf16Moments, torch.optim.AdamW):
 
 
 def _parts(parameter: Tensor, state: Mapping[str, Any]) -> Iterator[_Part]:
-    """A parameter in flat pieces; whole where it does not lie in one row; nothing where it has no elements."""
-    if not parameter.numel():
+    """A parameter as it is; in flat pieces where it is large and lies in one row; nothing where it has no elements."""
+    numel, chunk = parameter.numel(), _chunk(parameter)
+    if not numel:
         return
-    weight, gradient = parameter.detach(), parameter.grad
-    assert gradient is not None
-    held = [weight, gradient, *(state[kind] for kind in MOMENTS if kind in state)]
-    if not all(tensor.is_contiguous() for tensor in held):
-        yield _Part(weight, gradient, tuple(held[2:]), state["step"])
+    held = [parameter.detach(), parameter.grad, *(state[kind] for kind in MOMENTS if kind in state)]
+    if numel <= chunk or not all(tensor.is_contiguous() for tensor in held):
+        yield _Part(numel, held[0], held[1], tuple(held[2:]), state["step"])
         return
-    for weight, gradient, *moments in zip(*(tensor.view(-1).split(_CHUNK) for tensor in held), strict=True):
-        yield _Part(weight, gradient, tuple(moments), state["step"])
+    for weight, gradient, *moments in zip(*(tensor.view(-1).split(chunk) for tensor in held), strict=True):
+        yield _Part(weight.numel(), weight, gradient, tuple(moments), state["step"])
+
+
+def _chunk(weight: Tensor) -> int:
+    return _CHUNK_ON_HOST if weight.device.type == "cpu" else _CHUNK
 
 
 def _batches(parts: Iterator[_Part]) -> Iterator[list[_Part]]:
-    """Parts that one kernel takes together: of one device and dtype, and not many more elements than a chunk."""
+    """Parts that one kernel takes together: of one device and dtype, and no more elements than a chunk; or one alone."""
     batch: list[_Part] = []
-    size = 0
+    size, kind = 0, None
     for part in parts:
-        is_other = batch and (part.weight.device, part.weight.dtype) != (batch[0].weight.device, batch[0].weight.dtype)
-        if batch and (is_other or size + part.weight.numel() > _CHUNK):
+        own_kind = (part.weight.device, part.weight.dtype)
+        if batch and (own_kind != kind or size + part.numel > _chunk(part.weight)):
             yield batch
             batch, size = [], 0
         batch.append(part)
-        size += part.weight.numel()
+        size, kind = size + part.numel, own_kind
     if batch:
         yield batch

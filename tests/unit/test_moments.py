@@ -28,7 +28,7 @@ HYPER: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1, 
 
 @pytest.fixture(autouse=True)
 def _in_small_chunks(monkeypatch):
-    monkeypatch.setattr(moments, "_CHUNK", 1000)  # so that parameters are cut, and others go together
+    monkeypatch.setattr(moments, "_CHUNK_ON_HOST", 1000)  # so that parameters are cut, and others go together
 
 
 def pairs(dtype=torch.float32) -> list[tuple[Tensor, Tensor]]:
