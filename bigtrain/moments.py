@@ -1,6 +1,6 @@
 """Adam and AdamW that keep their moments in bfloat16: 4 bytes of state for a parameter, where torch's keep 8.
 
-Weights, gradients and arithmetic stay as they are. A step widens some millions of elements of the moments to the
+Weights, gradients and arithmetic stay as they are. A step widens a part of the moments at a time to the
 weights' dtype, lets torch's fused kernel update them and the weights, and rounds them back to nearest, so that what is
 wide at once is small. torch's kernel itself wants moments of the weights' dtype (2.11).
 """
@@ -146,7 +146,7 @@ def _chunk(weight: Tensor) -> int:
 
 
 def _batches(parts: Iterator[_Part]) -> Iterator[list[_Part]]:
-    """Parts that one kernel takes together: of one device and dtype, and no more elements than a chunk; or one alone."""
+    """Parts for one kernel: of one device and dtype, and no more elements than a chunk, or one alone."""
     batch: list[_Part] = []
     size, kind = 0, None
     for part in parts:
