@@ -164,7 +164,7 @@ def test_the_phase_follows_from_the_position():
     assert [phase_at(by_epoch, 99, epoch) for epoch in range(5)] == [0, 1, 1, 2, 2]
     assert [phase_at(by_step, step, 99) for step in (0, 4, 5, 6)] == [0, 0, 1, 1]
     assert phase_at(settings(), 5, 5) == 0
-    assert begins_at(by_epoch, 10) == [10, 30]
+    assert begins_at(by_epoch, 10) == [10, 10, 30]
     assert begins_at(by_step, 10) == [5]
 
 
