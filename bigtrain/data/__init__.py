@@ -7,6 +7,7 @@ devices.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -92,6 +93,7 @@ def create(name: str, split: str, args: Mapping[str, Any] | None = None, *, wher
         made: Any = torchvision_datasets.create(name.removeprefix(TORCHVISION), split, args, where=where)
     else:
         factory: Callable[..., Any] = load(_find(name, where), error=DataError, where=f"{where}.name")
+        _check_split(factory, name, where)
         try:
             made = call(partial(factory, split), args, name=name, error=DataError, where=f"{where}.args")
         except DataError as error:
@@ -232,6 +234,25 @@ def _find(name: str, where: str) -> str:
         )
         raise DataError(f"there are no data {name!r}", where=f"{where}.name", remedy=remedy)
     return DATA[name]
+
+
+def _check_split(factory: Callable[..., Any], name: str, where: str) -> None:
+    """Refuse a factory that cannot be told for which split it is asked; it would fail somewhere, of a text."""
+    try:
+        parameters = list(inspect.signature(factory).parameters.values())
+    except (TypeError, ValueError):
+        return  # not callable, or written in C: the call itself will tell
+    takes = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)]
+    first = takes[0] if takes else None
+    default = first.default if first else 0
+    if first is None or not (default is first.empty or default is None or isinstance(default, str)):
+        shown = ", ".join(["split", *(str(p) for p in parameters if p.name != "split")])
+        raise DataError(
+            f"{name} does not take the split as its first argument, and is asked for the splits train and eval",
+            where=f"{where}.name",
+            remedy=f"write it so: def {name.partition(':')[2]}({shown}); where it has no data\n"
+            "of its own to evaluate on, hold out a share of them: data.eval: {split: 0.2}",
+        )
 
 
 def _transformed(dataset: Dataset, transforms: Sequence[Named], where: str) -> Dataset:

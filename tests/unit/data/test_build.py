@@ -24,6 +24,12 @@ def own_module(tmp_path, monkeypatch):
         "    if fail:\n"
         "        raise RuntimeError('the disk is on strike')\n"
         "    return [torch.tensor(float(i + 100 * (split == 'eval'))) for i in range(count)]\n"
+        "def alone():\n"
+        "    return [torch.tensor(0.0)] * 6\n"
+        "def counted(count=6, *, scale=1.0):\n"
+        "    return [torch.tensor(scale)] * count\n"
+        "def either(which='train', count=6):\n"
+        "    return [torch.tensor(float(which == 'train'))] * count\n"
         "def nothing(split):\n"
         "    return []\n"
         "def stream(split):\n"
@@ -55,6 +61,28 @@ def test_a_factory_of_ones_own(own_module):
     (batch,) = next(TrainLoader(sets.train, batch_size=4).steps()).microbatches
     assert sorted(batch.data.tolist()) == [0.0, 1.0, 2.0, 3.0]
     assert [b.data.tolist() for b in EvalLoader(sets.eval, batch_size=6)] == [[100.0, 101, 102, 103, 104, 105]]
+
+
+@pytest.mark.parametrize(
+    ("factory", "args", "shown"),
+    [
+        ("alone", {}, "alone(split)"),
+        ("counted", {}, "counted(split, count=6, scale=1.0)"),
+        ("counted", {"count": 3}, "counted(split, count=6, scale=1.0)"),
+    ],
+)
+def test_a_factory_that_takes_no_split_is_told_how_to(own_module, factory, args, shown):
+    with pytest.raises(DataError, match="does not take the split as its first argument") as caught:
+        build(f"{own_module}:{factory}", args, evaluation=0.5)
+    assert caught.value.where == "data.name"
+    assert f"def {shown};" in caught.value.remedy
+    with pytest.raises(DataError, match="does not take the split") as caught:
+        build(f"{own_module}:numbers", {}, evaluation=named(f"{own_module}:{factory}", **args))
+    assert caught.value.where == "data.eval.name"
+
+
+def test_the_split_may_be_called_otherwise(own_module):
+    assert len(create(f"{own_module}:either", "eval", {"count": 3})) == 3
 
 
 @pytest.mark.parametrize("factory", ["stream", "Stream", "unsized"])
