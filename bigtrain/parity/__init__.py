@@ -20,7 +20,9 @@ from typing import Any
 import torch
 
 from bigtrain.config.schema import Config
+from bigtrain.dist import World
 from bigtrain.errors import CombinationError
+from bigtrain.fitting import try_first_batch
 from bigtrain.models.blocks import batchnorm_over_batch, find_blocks
 from bigtrain.parity.compare import (
     BF16_FIRST_LOSS,
@@ -303,6 +305,7 @@ def _run_plainly(config: Config, subject: Subject, steps: int, folder: Path) -> 
         model = prepare_whole(config, subject)
         switched_off = switch_off_dropout(model)
         _refuse_what_differs_by_nature(model)
+        try_first_batch(task, model, sets, World(), config.run.seed)
         refuse_randomness(model, task, dataset)
         refuse_mixing_of_samples(model, task, dataset)
         place = folder / f"{splits}"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bigtrain import parity
 from bigtrain.config.loader import from_dict
 from bigtrain.config.schema import Config
-from bigtrain.errors import CombinationError, RankError
+from bigtrain.errors import CombinationError, DataError, RankError
 from bigtrain.parity import Verdict
 from tests.helpers import faults, zoo
 
@@ -212,6 +212,21 @@ def test_a_users_own_samples_spare_layer_optimizer_and_data_workers() -> None:
 def test_refuses_what_differs_by_nature(model: str, problem: str) -> None:
     with pytest.raises(CombinationError, match=problem):
         parity.run(config(model, finetune={}, optim={}), steps=2, engines=["ddp"], world_sizes=[2])
+
+
+def test_data_that_the_model_cannot_take_are_refused_as_by_train() -> None:
+    wide = {"name": "synthetic", "args": {"kind": "classification", "shape": [13]}, "eval": "none", "batch_size": 16}
+    with pytest.raises(DataError, match="cannot take a batch of the data"):
+        parity.run(config(data=wide), steps=2, engines=["single"], world_sizes=[1])
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_moments_in_bf16_are_those_of_the_plain_loop(name: str) -> None:
+    optim = {"name": name, "lr": 3e-3, "moments": "bf16", "args": {"betas": [0.9, 0.95]}}
+    report = parity.run(
+        config(optim=optim), steps=10, engines=["single", "fsdp"], precisions=["fp64"], compiles=False
+    )
+    assert {verdict.outcome for verdict in report.verdicts} == {"same"}
 
 
 def test_says_so_when_rounding_alone_differs_too_soon() -> None:
