@@ -61,10 +61,11 @@ class Run(Section):
     @classmethod
     def _names_a_folder(cls, value: str) -> str:
         fits = 0 < len(value.encode()) <= 200 and value.isprintable() and value[0] not in ".-"
-        if not fits or {"/", "\\"} & set(value):
+        if not fits or value != value.strip() or {"/", "\\"} & set(value):
             raise refuse(
                 "cannot name a folder",
-                "use up to 200 letters, digits, dots, underscores and dashes; begin with a letter or a digit",
+                "use up to 200 letters, digits, dots, underscores and dashes, without spaces at its ends;\n"
+                "begin with a letter or a digit",
             )
         return value
 

@@ -14,7 +14,7 @@ import yaml
 
 from bigtrain.convert.accelerate_file import from_accelerate
 from bigtrain.convert.deepspeed_file import from_deepspeed
-from bigtrain.convert.found import Found
+from bigtrain.convert.found import FormError, Found
 from bigtrain.convert.training_arguments import from_training_arguments
 from bigtrain.errors import UserError
 
@@ -53,7 +53,7 @@ def convert(path: str | Path, *, kind: str | None = None, processes: int = 1) ->
     found = Found(kind)
     try:
         KINDS[kind](values, found, processes)
-    except (AttributeError, TypeError, ValueError) as error:  # values of any form may stand in another library's file
+    except FormError as error:
         remedy = f"correct the file; {kind} itself would not take it"
         raise UserError(f"{path} holds a value of another form than {kind} has: {error}", remedy=remedy) from error
     return found
@@ -69,9 +69,9 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise UserError(f"{path} is no text: a pickle such as training_args.bin is not read", remedy=remedy) from None
     try:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         line = str(error).partition("\n")[0]
         raise UserError(f"{path} is neither JSON nor YAML: {line}", remedy="correct the file") from None
-    if not isinstance(values, Mapping):
+    if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path} holds no keys", remedy="give a file with keys and values")
     return values

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bigtrain.convert.found import Found
+from bigtrain.convert.found import Found, read_as, section
 
 _ENGINES = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp", "FSDP": "fsdp", "DEEPSPEED": "deepspeed"}
 _MACHINE = "the launcher finds it out, or the scheduler says it"
@@ -42,8 +42,8 @@ def from_accelerate(values: Mapping[str, Any], found: Found, processes: int) -> 
     if kind not in _ENGINES:
         found.leave("distributed_type", f"there is no engine for {kind}: engine.name is auto")
     found.put("engine.name", _ENGINES.get(kind, "auto"))
-    nodes = int(values.get("num_machines") or 1)
-    count = int(values.get("num_processes") or processes)
+    nodes = read_as(int, "num_machines", values.get("num_machines") or 1)
+    count = read_as(int, "num_processes", values.get("num_processes") or processes)
     found.put("launch.nproc", max(count // nodes, 1))
     if nodes > 1:
         found.put("launch.nodes", nodes)
@@ -56,9 +56,9 @@ def from_accelerate(values: Mapping[str, Any], found: Found, processes: int) -> 
         found.leave(
             "mixed_precision", f"{precision} is not there: " + ("bf16 instead" if precision == "fp16" else "fp32")
         )
-    _fsdp(values.get("fsdp_config") or {}, found)
-    _deepspeed(values.get("deepspeed_config") or {}, found)
-    dynamo = values.get("dynamo_config") or {}
+    _fsdp(section(values, "fsdp_config"), found)
+    _deepspeed(section(values, "deepspeed_config"), found)
+    dynamo = section(values, "dynamo_config")
     if str(dynamo.get("dynamo_backend", "NO")).upper() != "NO":
         found.put("compile", "model")
     known = {"distributed_type", "num_machines", "num_processes", "use_cpu", "mixed_precision", "downcast_bf16"}
@@ -114,7 +114,7 @@ def _deepspeed(deepspeed: Mapping[str, Any], found: Found) -> None:
             if value != "none":
                 found.put(names[key], value)
         elif key == "gradient_clipping":
-            found.put("optim.clip_grad_norm", float(value))
+            found.put("optim.clip_grad_norm", read_as(float, key, value))
         elif key == "deepspeed_config_file":
             found.leave(f"deepspeed_config.{key}", f"convert {value} itself, and put both together")
         elif key == "gradient_accumulation_steps":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bigtrain.convert.found import Found, is_number
+from bigtrain.convert.found import Found, is_number, read_as, section
 
 _AUTO = "auto is filled in by transformers; give the value itself"
 _OPTIMIZERS = {"adam": "adam", "adamw": "adamw", "sgd": "sgd", "fusedadam": "adamw", "deepspeedcpuadam": "adamw"}
@@ -25,14 +25,14 @@ def from_deepspeed(values: Mapping[str, Any], found: Found, processes: int) -> N
     """Convert a DeepSpeed configuration."""
     found.put("engine.name", "deepspeed")
     _batches(values, found, processes)
-    _zero(values.get("zero_optimization") or {}, found)
-    _optimizer(values.get("optimizer") or {}, found)
-    _schedule(values.get("scheduler") or {}, found)
+    _zero(section(values, "zero_optimization"), found)
+    _optimizer(section(values, "optimizer"), found)
+    _schedule(section(values, "scheduler"), found)
     clip = values.get("gradient_clipping")
     if clip == "auto":
         found.leave("gradient_clipping", _AUTO)
     else:
-        found.put("optim.clip_grad_norm", float(clip) if clip else None)
+        found.put("optim.clip_grad_norm", read_as(float, "gradient_clipping", clip) if clip else None)
     if _enabled(values.get("fp16")):
         found.leave("fp16", "float16 needs loss scaling, which is not there: precision is bf16 instead")
     if _enabled(values.get("bf16")) or _enabled(values.get("fp16")):
@@ -72,12 +72,13 @@ def _batches(values: Mapping[str, Any], found: Found, processes: int) -> None:
 def _zero(zero: Mapping[str, Any], found: Found) -> None:
     found.put("engine.deepspeed.stage", zero.get("stage", 0))
     for key, ours in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_params")):
-        device = (zero.get(key) or {}).get("device", "none")
+        offload = section(zero, key)
+        device = offload.get("device", "none")
         if device == "cpu":
             found.put(f"engine.deepspeed.{ours}", "cpu")
         elif device != "none":
             found.leave(f"zero_optimization.{key}.device", f"{device} is not supported, cpu is")
-        for other in (zero.get(key) or {}).keys() - {"device"}:
+        for other in offload.keys() - {"device"}:
             found.leave(f"zero_optimization.{key}.{other}", "DeepSpeed's default is taken")
     extra = {key: value for key, value in zero.items() if key not in _ZERO_OWN and value != "auto"}
     for key, value in zero.items():
@@ -97,7 +98,7 @@ def _optimizer(optimizer: Mapping[str, Any], found: Found) -> None:
     if name is None:
         found.leave("optimizer.type", f"there is no {optimizer.get('type')}: optim.name is adamw")
     found.put("optim.name", name or "adamw")
-    params = dict(optimizer.get("params") or {})
+    params = dict(section(optimizer, "params"))
     for key, ours in (("lr", "optim.lr"), ("weight_decay", "optim.weight_decay")):
         value = params.pop(key, None)
         if is_number(value):
@@ -119,7 +120,7 @@ def _optimizer(optimizer: Mapping[str, Any], found: Found) -> None:
 def _schedule(scheduler: Mapping[str, Any], found: Found) -> None:
     if not scheduler:
         return
-    kind, params = str(scheduler.get("type")), dict(scheduler.get("params") or {})
+    kind, params = str(scheduler.get("type")), dict(section(scheduler, "params"))
     if kind not in _SCHEDULES:
         found.leave("scheduler.type", f"there is no {kind}; the shapes are constant, step, linear, cosine and wsd")
         return

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import yaml
 
@@ -14,6 +15,9 @@ _YOURS = {
     "model": {"name": "my_code:make_model"},
     "data": {"name": "my_code:make_data"},
 }
+
+
+_Kind = TypeVar("_Kind")
 
 
 @dataclass
@@ -81,6 +85,38 @@ def _has_length(values: Mapping[str, Any]) -> bool:
     return "steps" in train or "epochs" in train
 
 
+class FormError(Exception):
+    """A key of another library's file has a value of a form that the library does not take."""
+
+    def __init__(self, key: str, value: Any, form: str) -> None:
+        super().__init__(f"{key} is {value!r}, which is no {form}")
+
+
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value is a number, and not the word auto."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a value is a number that counts, and not the word auto."""
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and is_finite
+
+
+def section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The section of a key; empty where there is none.
+
+    Raises:
+        FormError: Where its value is none.
+    """
+    value = values.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise FormError(key, value, "section")
+    return value
+
+
+def read_as(kind: Callable[[Any], _Kind], key: str, value: Any) -> _Kind:
+    """A value as int, float, str or bool read it.
+
+    Raises:
+        FormError: Where they cannot.
+    """
+    try:
+        return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        raise FormError(key, value, "number") from None

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bigtrain.convert.found import Found, is_number
+from bigtrain.convert.found import FormError, Found, is_number, read_as
 
 _SCHEDULES = {
     "linear": "linear",
@@ -56,14 +56,14 @@ def from_training_arguments(values: Mapping[str, Any], found: Found, processes: 
     for key, (ours, read) in _SAME.items():
         value = values.get(key, _THEIR_DEFAULTS.get(key))
         if value is not None and value != "" and not isinstance(value, Mapping):
-            found.put(ours, read(value))
+            found.put(ours, read_as(read, key, value))
     _batches(values, found, processes)
     _length(values, found)
     _optimizer(values, found)
     _schedule(values, found)
     _cadence(values, found)
     _engine(values, found)
-    if float(values.get("label_smoothing_factor") or 0) > 0:
+    if _number(values, "label_smoothing_factor") > 0:
         found.leave("label_smoothing_factor", "set task: {name: classification, args: {label_smoothing: …}}")
     for key, value in values.items():
         if key in _READ or key in _SAME or key.startswith(("hub_", "push_to_hub")):
@@ -74,9 +74,17 @@ def from_training_arguments(values: Mapping[str, Any], found: Found, processes: 
         found.leave("push_to_hub", "nothing is uploaded")
 
 
+def _number(values: Mapping[str, Any], key: str, default: float = 0) -> float:
+    """The number of a key, or what stands for one that is not there or 0."""
+    value = read_as(float, key, values.get(key) or default)
+    if not is_number(value):
+        raise FormError(key, value, "number that counts")
+    return value
+
+
 def _batches(values: Mapping[str, Any], found: Found, processes: int) -> None:
-    each = int(values.get("per_device_train_batch_size") or 8)
-    times = int(values.get("gradient_accumulation_steps") or 1)
+    each = int(_number(values, "per_device_train_batch_size", 8))
+    times = int(_number(values, "gradient_accumulation_steps", 1))
     found.put("data.batch_size", each * times * processes)
     if times > 1:
         found.put("train.micro_batch_size", each)
@@ -106,7 +114,7 @@ def _optimizer(values: Mapping[str, Any], found: Found) -> None:
     elif found.get("optim.args.eps") is not None:
         found.values["optim"]["args"].pop("eps")
     clip = values.get("max_grad_norm", 1.0)
-    found.put("optim.clip_grad_norm", float(clip) if clip else None)
+    found.put("optim.clip_grad_norm", read_as(float, "max_grad_norm", clip) if clip else None)
 
 
 def _schedule(values: Mapping[str, Any], found: Found) -> None:
@@ -114,9 +122,9 @@ def _schedule(values: Mapping[str, Any], found: Found) -> None:
     if name not in _SCHEDULES:
         found.leave("lr_scheduler_type", f"there is no {name}: optim.schedule is cosine")
     found.put("optim.schedule.name", _SCHEDULES.get(name, "cosine"))
-    warmup, ratio = values.get("warmup_steps") or 0, float(values.get("warmup_ratio") or 0)
-    if is_number(warmup) and 0 < warmup < 1:  # newer versions write the share there
-        warmup, ratio = 0, float(warmup)
+    warmup, ratio = _number(values, "warmup_steps"), _number(values, "warmup_ratio")
+    if 0 < warmup < 1:  # newer versions write the share there
+        warmup, ratio = 0, warmup
     if warmup:
         found.put("optim.schedule.warmup_steps", int(warmup))
     elif ratio:
@@ -132,7 +140,7 @@ def _cadence(values: Mapping[str, Any], found: Found) -> None:
         found.put("track.log_every", int(every))
     when = str(values.get("eval_strategy") or values.get("evaluation_strategy") or "no").rpartition(".")[2].lower()
     if when == "steps":
-        found.put("eval.every_steps", int(values.get("eval_steps") or values.get("logging_steps") or 500))
+        found.put("eval.every_steps", int(_number(values, "eval_steps") or _number(values, "logging_steps", 500)))
     elif when == "no":
         found.put("eval.every_epochs", None)
     when = str(values.get("save_strategy") or "steps").rpartition(".")[2].lower()
@@ -142,6 +150,8 @@ def _cadence(values: Mapping[str, Any], found: Found) -> None:
         found.leave("save_strategy", "set checkpoint.every_steps to the steps of an epoch")
     reports = values.get("report_to") or []
     reports = [reports] if isinstance(reports, str) else reports
+    if not isinstance(reports, list):
+        raise FormError("report_to", reports, "list of names")
     if "tensorboard" in reports:
         found.put("track.tensorboard", True)
     if reports and "wandb" not in reports and "all" not in reports:

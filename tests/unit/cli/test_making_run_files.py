@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import yaml
 from bigtrain.config.keys import all_keys
 from bigtrain.config.loader import from_dict, load
 from bigtrain.config.starting_files import KINDS, starting_file
+from bigtrain.convert import KINDS as CONVERTED
 from bigtrain.convert import convert
 from bigtrain.errors import UserError
 from tests.helpers import hugging_face as made
@@ -232,7 +235,12 @@ def test_training_arguments_as_transformers_writes_them() -> None:
         ("x.yaml", b"- 1\n", "holds no keys"),
         ("x.json", b'{"a": 1}', "looks like no configuration that is known"),
         ("x.json", b'{"zero_optimization": 3}', "holds a value of another form than deepspeed has"),
-        ("x.json", b'{"zero_optimization": {}, "gradient_clipping": "some"}', "could not convert string to float"),
+        ("x.json", b'{"zero_optimization": {}, "gradient_clipping": "some"}', "gradient_clipping is 'some'"),
+        ("x.json", b'{"zero_optimization": {"offload_param": [1]}}', "offload_param is [1], which is no section"),
+        ("x.json", b'{"learning_rate": 1, "warmup_ratio": Infinity}', "warmup_ratio is inf"),
+        ("x.json", b'{"learning_rate": 1, "report_to": 3}', "report_to is 3, which is no list of names"),
+        ("x.json", b"[" * 100_000, "is neither JSON nor YAML"),
+        ("x.yaml", b"zero_optimization: {}\n1: 2\n", "holds no keys"),
         ("training_args.bin", b"\x80\x02\xff\xfe", "a pickle such as training_args.bin is not read"),
     ],
 )
@@ -242,6 +250,35 @@ def test_what_is_no_configuration_is_said(tmp_path: Path, name: str, content: by
         convert(tmp_path / name)
     with pytest.raises(UserError, match="cannot be read"):
         convert(tmp_path / "nothing.json")
+
+
+OTHER_FORMS: list[Any] = ["x", "auto", 0, -3, 1.5, math.inf, math.nan, True, None, [], [1], ["x"], {}, {"x": 1}]
+
+
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_a_value_of_any_form_is_read_or_refused(tmp_path: Path, kind: str) -> None:
+    arguments = json.loads((Path(__file__).parent / "training_arguments.json").read_text())
+    values = {"deepspeed": DEEPSPEED, "accelerate": ACCELERATE, "training-arguments": arguments}[kind]
+    path = tmp_path / "x.json"
+    places = [(values, key) for key in values]
+    places += [(part, key) for part in values.values() if isinstance(part, dict) for key in part]
+    for place, key in places:
+        was = place[key]
+        for place[key] in OTHER_FORMS:
+            path.write_text(json.dumps(values))
+            with suppress(UserError):
+                from_dict(convert(path, kind=kind).whole())
+        place[key] = was
+
+
+def test_a_mistake_of_our_own_is_not_taken_for_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(values: Any, found: Any, processes: int) -> None:
+        raise TypeError("a mistake of our own")
+
+    monkeypatch.setitem(CONVERTED, "deepspeed", broken)
+    (tmp_path / "x.json").write_text(json.dumps(DEEPSPEED))
+    with pytest.raises(TypeError, match="of our own"):
+        convert(tmp_path / "x.json")
 
 
 def test_the_command_prints_or_writes_a_run_file(tmp_path: Path) -> None:

@@ -230,6 +230,8 @@ def test_nothing_at_all_is_given():
         ("run.threads=many", "run.threads: many does not fit", "it takes: auto | int > 0"),
         ("run.name=12", "run.name: 12 does not fit", "it takes: text; put it in quotes"),
         ("run.name=.hidden", 'run.name: ".hidden" cannot name a folder', "begin with a letter or a digit"),
+        ("run.name=' '", 'run.name: " " cannot name a folder', "use up to 200 letters"),
+        ("run.name='a '", 'run.name: "a " cannot name a folder', "without spaces at its ends"),
         ("run.name=''", 'run.name: "" cannot name a folder', "use up to 200 letters"),
         ("run.dir=' '", 'run.dir: " " is empty', "give a path"),
         ("task=[a]", 'task: ["a"] does not fit', "it takes: name | {name, args}"),
