@@ -30,6 +30,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Read when torch is imported: the 8B model leaves no memory for pieces that fit nowhere.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 import torch
 from gpu_peers import PEERS, Setting, gpt_on, seconds_a_step
 from gpu_sizes import TINY, Bench, Sizes
@@ -127,7 +130,8 @@ def gpt_8b(bench: Bench, deadline: float) -> list[Row]:
             f"{needed / 2**30:.0f} GiB of weights, gradients, moments and copies, and the device has "
             f"{bench.memory / 2**30:.0f} GiB"
         )
-    return [language_model(bench, "gpt 8B", bench.sizes.gpt_8b, bench.sizes.gpt_8b_batch, 1, BF16_MOMENTS, deadline)]
+    batch = bench.sizes.gpt_8b_batch
+    return [language_model(bench, "gpt 8B", bench.sizes.gpt_8b, batch, batch, BF16_MOMENTS, deadline)]
 
 
 def vit(bench: Bench, deadline: float) -> list[Row]:
@@ -373,7 +377,6 @@ def main() -> int:
     logging.disable(logging.WARNING)
     device = torch.device("cuda", 0) if arguments.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.init()  # or its memory could not be asked for before something is there
     bench = Bench(device, TINY if arguments.tiny else Sizes())
     end = time.monotonic() + arguments.minutes * 60

@@ -30,7 +30,7 @@ class Sizes:
         gpt_1b: Arguments of the model whose shape is Llama 3.2 1B's.
         gpt_8b: Those of the model whose shape is Llama 3.1 8B's.
         gpt_1b_batch: Sequences a step of the first; the microbatch is halved where memory runs out.
-        gpt_8b_batch: Those of the second, whose microbatches have one.
+        gpt_8b_batch: Those of the second; gradients kept from one microbatch to the next would not fit.
         vit: A model of images, and its arguments.
         side: Pixels of an image's side.
         images: Images a step.
@@ -45,7 +45,7 @@ class Sizes:
     gpt_1b: Mapping[str, Any] = field(default_factory=lambda: LLAMA_1B)
     gpt_8b: Mapping[str, Any] = field(default_factory=lambda: LLAMA_8B)
     gpt_1b_batch: int = 8
-    gpt_8b_batch: int = 8
+    gpt_8b_batch: int = 1
     vit: str = "torchvision/vit_l_16"
     side: int = 224
     images: int = 256

@@ -142,7 +142,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add a matrix product to a sum of equal or higher precision."""
-    if a.is_cuda and a.dtype != total.dtype and not torch.compiler.is_compiling():
+    if a.is_cuda and a.dtype == b.dtype != total.dtype and not torch.compiler.is_compiling():
         # Added up inside the kernel: a product of its own would be written, rounded, and read again.
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:

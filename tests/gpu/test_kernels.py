@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bigtrain
+from bigtrain.models import head
+from bigtrain.models.head import Head
 from bigtrain.tracking.mfu import peak_flops
 from tests.helpers import zoo
 from tests.helpers.gpu import GPT, gpt_run, steps, training
@@ -60,6 +63,30 @@ def test_logits_are_never_whole() -> None:
         used = torch.cuda.max_memory_allocated() - before
     whole = samples * context * vocab * torch.bfloat16.itemsize
     assert used < whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loss_in_chunks_has_the_gradients_of_a_whole_one(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, compiled: bool
+) -> None:
+    """Seven chunks, the last of them short; some targets do not count."""
+    device, width, vocab, number = torch.device("cuda", 0), 64, 3000, 900
+    monkeypatch.setattr(head, "_most_logits", lambda device: 140 * vocab)
+    torch.manual_seed(0)
+    layer = Head(width, vocab).to(device, dtype)
+    hidden = torch.randn(number, width, device=device).to(dtype).requires_grad_()
+    targets = torch.randint(vocab, (number,), device=device)
+    targets[::7] = -100
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, layer.weight)]
+    whole = F.cross_entropy(F.linear(*exact), targets, reduction="sum")
+    expected = [whole, *torch.autograd.grad(whole, exact)]
+    if compiled:
+        layer.compile_loss()
+    total = layer(hidden, targets)
+    found = [total, *torch.autograd.grad(total, [hidden, layer.weight])]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.double() - theirs).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * theirs.norm()
 
 
 @pytest.mark.parametrize(
