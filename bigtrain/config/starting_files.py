@@ -71,7 +71,7 @@ KINDS: dict[str, Start] = {
                 },
             },
             "train": {"epochs": 30, "micro_batch_size": 32},
-            "optim": {"name": "adamw", "lr": 0.001, "schedule": {"name": "cosine", "warmup_steps": 200}},
+            "optim": {"name": "adamw", "lr": 0.001, "schedule": {"name": "cosine", "warmup_steps": 50}},
             **_OPERATION,
         },
         needs="data.args.root, a folder with a folder of images for each class; model.args.num_classes, their number",
@@ -114,7 +114,7 @@ KINDS: dict[str, Start] = {
                 "batch_size": 32,
             },
             "train": {"epochs": 3, "micro_batch_size": 16},
-            "optim": {"name": "adamw", "lr": 3e-5, "schedule": {"name": "linear", "warmup_steps": 100}},
+            "optim": {"name": "adamw", "lr": 3e-5, "schedule": {"name": "linear", "warmup_steps": 20}},
             "finetune": {"new": ["classifier.*"]},
             **_OPERATION,
         },
@@ -132,7 +132,7 @@ KINDS: dict[str, Start] = {
                 "batch_size": 16,
             },
             "train": {"epochs": 2, "micro_batch_size": 1},
-            "optim": {"name": "adamw", "lr": 2e-4, "schedule": {"name": "cosine", "warmup_steps": 50}},
+            "optim": {"name": "adamw", "lr": 2e-4, "schedule": {"name": "cosine", "warmup_steps": 20}},
             "finetune": {
                 "adapter": {"targets": ["*.q_proj", "*.k_proj", "*.v_proj", "*.o_proj"], "rank": 16, "alpha": 32.0}
             },

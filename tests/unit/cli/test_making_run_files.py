@@ -18,6 +18,7 @@ import yaml
 from bigtrain.config.keys import all_keys
 from bigtrain.config.loader import from_dict, load
 from bigtrain.config.starting_files import KINDS, starting_file
+from bigtrain.config.training import HeldOut
 from bigtrain.convert import KINDS as CONVERTED
 from bigtrain.convert import convert
 from bigtrain.errors import UserError
@@ -48,6 +49,16 @@ def test_every_run_file_to_start_from_loads_and_every_key_has_its_help(tmp_path:
             assert above.lstrip().startswith("#"), line
     helps = " ".join(key.help for key in all_keys())
     assert "The learning rate, before the schedule's factor." in helps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_warmup_of_a_run_file_to_start_from_is_less_than_half_of_a_small_run(kind: str) -> None:
+    config = from_dict(KINDS[kind].values).config
+    samples = 1797 if config.data.name == "digits" else 500
+    held_out = config.data.eval.split if isinstance(config.data.eval, HeldOut) else 0.0
+    an_epoch = math.ceil(samples * (1 - held_out) / config.data.batch_size)
+    steps = config.train.steps or (config.train.epochs or 0) * an_epoch
+    assert 2 * config.optim.schedule.warmup_steps < steps
 
 
 def test_init_writes_lists_and_replaces_nothing(tmp_path: Path) -> None:
