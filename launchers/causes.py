@@ -76,6 +76,12 @@ def _of_death(end: RankEnd, attempt: Path, step: int | None) -> Cause:
         said, advice, code = f"was ended by {name}{words}", _advice(-end.code, words), 128 - end.code
     elif end.code:
         said, advice, code = f"ended with exit code {end.code} and left no word", "see that rank's log", end.code
+    elif not end.is_told:
+        said, code = "is gone before the run was done, and left no word", 1
+        advice = (
+            "it ended with exit code 0, or its machine failed: look for os._exit, or an exec, in your own code and\n"
+            "      the libraries that it calls"
+        )
     else:
         said, code = "ended with exit code 0 before the run was done, and left no word", 1
         advice = "look for os._exit, or an exec, in your own code and the libraries that it calls"

@@ -108,6 +108,9 @@ class _LocalRanks:
         ended = [end for end in self._agent.ends() if end.code not in (-signal.SIGTERM, -signal.SIGINT)]
         return [end for end in ended if not (end.rank in self._killed and end.code == -signal.SIGKILL)]
 
+    def is_silent_about(self, rank: int) -> bool:
+        return False  # the agent tells of every rank
+
     def close(self) -> None:
         self._agent.wait_for_last_lines()
 

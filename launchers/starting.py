@@ -22,10 +22,12 @@ class RankEnd:
     Attributes:
         rank: Which one.
         code: Its exit code; -N where signal N ended it; 0 where it left before its time.
+        is_told: Whether what had started it says so; else it is gone, and nothing more is known.
     """
 
     rank: int
     code: int
+    is_told: bool = True
 
 
 class Ranks(Protocol):
@@ -45,6 +47,9 @@ class Ranks(Protocol):
 
     def ends(self) -> list[RankEnd]:
         """How ranks ended, as far as it is known, the first one first; those with 0 may have come to the run's end."""
+
+    def is_silent_about(self, rank: int) -> bool:
+        """Whether a rank that is gone may have ended with 0, which is not told here."""
 
     def close(self) -> None:
         """Tidy up after the end."""

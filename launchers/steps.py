@@ -117,7 +117,7 @@ class _Step:
         self._name, self._job = name, os.environ["SLURM_JOB_ID"]
         self._number: str | None = None
         self._was_asked = False
-        self._ends: list[RankEnd] | None = None
+        self._said: str | None = None
         self._agent = Agent(command, environment, log, speaks=_SPEAKS)
 
     def poll(self) -> int | None:
@@ -131,12 +131,17 @@ class _Step:
         self._was_asked = self._was_asked or self._send("TERM")
 
     def kill(self) -> None:
-        if self._ends is None:
-            self._ends = read_ends(self._agent.said())  # what is said from now on is our own doing
+        self._said = self._heard()  # what is said from now on is our own doing
         self._send("KILL")
 
     def ends(self) -> list[RankEnd]:
-        return read_ends(self._agent.said()) if self._ends is None else self._ends
+        return read_ends(self._heard())
+
+    def is_silent_about(self, rank: int) -> bool:
+        return not any(rank in expand(match["ranks"]) for match in _END.finditer(self._heard()))
+
+    def _heard(self) -> str:
+        return self._agent.said() if self._said is None else self._said
 
     def close(self) -> None:
         """The step may have outlived what started it, and the next one must find its place free."""

@@ -145,7 +145,7 @@ class Supervisor:
             try:
                 code, hung = self._watch(ranks, watch, attempt)
                 early = watch.left_early() if plan.leaves_result and not is_finished(attempt) else set()
-                ends = ranks.ends()
+                ends, gone = ranks.ends(), early & watch.left_by_themselves()
             finally:
                 ranks.kill()
                 ranks.close()
@@ -153,6 +153,7 @@ class Supervisor:
         step = max((step for step in known if step is not None), default=None)
         shutil.rmtree(attempt / "steps", ignore_errors=True)
         ends = [end for end in ends or ranks.ends() if end.code or end.rank in early]
+        ends += [RankEnd(rank, 0, is_told=False) for rank in sorted(gone) if ranks.is_silent_about(rank)]
         if code == 0:  # all of them ended so
             ends = [RankEnd(rank, 0) for rank in sorted(early)]
         end, cause = self._judge(code, hung, ends, attempt, before, step)
@@ -175,8 +176,10 @@ class Supervisor:
                 failed_at = now
             if hung is None and failed_at is None and (hang := watch.look()) is not None:
                 hung = hangs.explain(hang, ranks, attempt, watch.step)
+                watch.note_ending()
                 ranks.kill()
             if (failed_at is not None and now - failed_at > LIMIT_S) or self._interrupt.is_over(now):
+                watch.note_ending()
                 ranks.kill()
             for seen, usual_ms in watch.slow():
                 self._report_slow(attempt, seen, usual_ms)

@@ -33,6 +33,7 @@ class Seen:
         heard_at: When that was, by this process's monotonic clock.
         progress_at: When it last had made progress.
         is_gone: Whether it has closed its connection: it has ended, or is about to.
+        left: Whether it did so before anybody ended it.
     """
 
     rank: int
@@ -40,6 +41,7 @@ class Seen:
     heard_at: float = 0.0
     progress_at: float = 0.0
     is_gone: bool = False
+    left: bool = False
 
     @property
     def is_starting(self) -> bool:
@@ -91,6 +93,7 @@ class Watch:
         self._began = time.monotonic()
         self._ranks = [Seen(rank, progress_at=self._began) for rank in range(world_size)]
         self._told_slow: dict[int, float] = {}
+        self._is_ending = False
         self._listener = socket.create_server((host, 0), backlog=max(128, world_size))
         self._listener.setblocking(False)
         self._selector = selectors.DefaultSelector()
@@ -122,6 +125,14 @@ class Watch:
             for key, _ in ready:
                 self._hear(key)
         return {seen.rank for seen in self._ranks if seen.beat is None or seen.beat.phase != FINISHING}
+
+    def left_by_themselves(self) -> set[int]:
+        """The ranks that have closed their connection before they were ended."""
+        return {seen.rank for seen in self._ranks if seen.left}
+
+    def note_ending(self) -> None:
+        """Note that ranks are being ended: who is gone from now on has not left by itself."""
+        self._is_ending = True
 
     def has_begun(self) -> bool:
         """Whether any rank has taken its first step in this attempt."""
@@ -194,6 +205,7 @@ class Watch:
             connection.close()
             if line.rank is not None:
                 self._ranks[line.rank].is_gone = True
+                self._ranks[line.rank].left = not self._is_ending
 
     def _take(self, beat: Beat | None, line: _Line) -> bool:
         """Note what a rank said; False where nobody of ours did."""

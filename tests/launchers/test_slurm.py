@@ -125,6 +125,16 @@ def test_an_error_in_code_is_not_requeued(cluster: Cluster, tmp_path: Path) -> N
     assert log.read_text().rstrip().splitlines()[-1] == "error: rank 1, after step 7: ZeroDivisionError: planted"
 
 
+def test_a_rank_that_leaves_before_the_runs_end_is_the_cause(cluster: Cluster, tmp_path: Path) -> None:
+    """The scheduler says nothing of a task that ended with 0, and the others fail of it."""
+    path = run_file(tmp_path, plant=True, launch={"max_restarts": 0})
+    (tmp_path / "planted/leaves").write_text("1")
+    job = submit(cluster, tmp_path, path)
+    assert cluster.until_state(job, "FAILED", "COMPLETED", timeout_s=60) == "FAILED"
+    end = read_json(tmp_path / "runs/it/attempts/0/end.json")
+    assert (end["cause"], end["rank"]) == ("rank 1 is gone before the run was done, and left no word", 1)
+
+
 def test_a_signal_to_one_rank_in_the_middle_of_a_save(cluster: Cluster, tmp_path: Path) -> None:
     """Saving all the time, a signal always comes in the middle of one; a second one comes a second later."""
     run = tmp_path / "runs/it"

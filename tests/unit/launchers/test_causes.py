@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bigtrain.failures import write_error
 from launchers.causes import find_cause
 from launchers.starting import RankEnd
 
@@ -42,3 +43,12 @@ def test_what_is_refused_before_the_first_step_is_not_tried_again(
     cause = find_cause(tmp_path, [RankEnd(1, 2)], 1, step=step, debug=False)
     assert cause.brief == "rank 1 ended with exit code 2 and left no word"
     assert cause.may_pass == may_pass
+
+
+def test_a_rank_that_is_gone_without_a_word_comes_before_those_that_fail_of_it(tmp_path: Path) -> None:
+    write_error(tmp_path, 0, 3, RuntimeError("Connection reset by peer"))
+    gone = RankEnd(1, 0, is_told=False)
+    assert find_cause(tmp_path, [gone], 1, step=3, debug=False).rank == 1
+    assert find_cause(tmp_path, [gone, RankEnd(2, -9)], 1, step=3, debug=False).rank == 2
+    write_error(tmp_path, 1, 3, RuntimeError("its own"))
+    assert find_cause(tmp_path, [gone], 1, step=3, debug=False).rank == 0
