@@ -45,12 +45,12 @@ def test_what_does_not_fit_or_has_no_time_left_is_said(monkeypatch: pytest.Monke
     import gpu
     import gpu_sizes
 
-    monkeypatch.setattr(gpu_sizes.Bench, "memory", 139 * 2**30)
+    monkeypatch.setattr(gpu_sizes.Bench, "memory", 80 * 2**30)
     bench = gpu_sizes.Bench(torch.device("cpu"), gpu_sizes.Sizes())
     parameters = 128256 * 4096 * 2 + 32 * (4096 * (4096 * 2 + 1024 * 2 + 14336 * 3) + 2 * 4096) + 4096
     result = gpu.run_part(bench, "gpt_8b", end=float("inf"), scale=1.0)
-    assert result["left out"].startswith(f"{parameters * 18 / 2**30:.0f} GiB of weights")
-    assert result["left out"].endswith("are not available in a run file")
+    assert result["left out"].startswith(f"{parameters * 14 / 2**30:.0f} GiB of weights")
+    assert result["left out"].endswith("and the device has 80 GiB")
     assert gpu.run_part(bench, "gpt_1b", end=0.0, scale=1.0) == {"left out": "0 s are left"}
 
 

@@ -155,7 +155,7 @@ def test_a_report_of_a_run_whose_name_is_no_text(folder: Path) -> None:
     (folder / name / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 0.5, "epoch": 0}\n\xff\xfe\n')
     page = write_report(folder / name).read_text(encoding="utf-8")
     assert "??bad" in page
-    assert "1 line of metrics.jsonl are damaged" in page
+    assert "1 line of metrics.jsonl is damaged" in page
 
 
 def test_a_run_whose_numbers_are_damaged_is_listed_with_the_others(folder: Path) -> None:
