@@ -115,9 +115,12 @@ class Keeper:
         return every is not None and step % every == 0
 
     def is_late(self) -> bool:
-        """Whether it is to be saved by the clock; rank 0's decides."""
-        minutes = self._policy.every_minutes
-        return minutes is not None and self._world.is_main and time.monotonic() - self._saved_at >= 60 * minutes
+        """Whether it is to be saved by the clock, said once each time; rank 0's decides."""
+        minutes, now = self._policy.every_minutes, time.monotonic()
+        if minutes is None or not self._world.is_main or now - self._saved_at < 60 * minutes:
+            return False
+        self._saved_at = now  # several ranks save a step later: until then it would be said again
+        return True
 
     def save(self, outcome: Outcome) -> None:
         """Save the state as it is now; in the background it is written while the training goes on.

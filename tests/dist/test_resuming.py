@@ -4,11 +4,13 @@ losses of a run that was never broken."""
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import bigtrain
+from bigtrain import saving
 from bigtrain.checkpoint import Ranks, diff, find, save
 from bigtrain.config.loader import from_dict
 from bigtrain.dist import join
@@ -51,6 +53,25 @@ def train_part(folder: str, layout: str, steps: int) -> None:
                 assert diff(resumed.path, again).differences == ()
             training.close()
     bigtrain.train(made)
+
+
+def train_by_the_clock(folder: str) -> list[int]:
+    """Save every three minutes, in a run whose steps take one; the steps after which it was saved."""
+    now = [0.0]
+    saving.time = SimpleNamespace(monotonic=lambda: now[0])  # type: ignore[assignment]
+    made = values(folder, "ddp", 13)
+    made["checkpoint"] = {"every_steps": None, "every_minutes": 3, "at_end": False, "keep": None}
+
+    def wait(info: bigtrain.StepInfo) -> None:
+        now[0] += 60
+
+    run = bigtrain.train(made, hooks=wait)
+    return sorted(int(path.name[-8:]) for path in find(run.path / "checkpoints"))
+
+
+def test_by_the_clock_of_the_first_rank_all_save_once(tmp_path: Path) -> None:
+    saved = run_distributed(train_by_the_clock, 2, str(tmp_path))[0]
+    assert saved == [4, 8, 12]  # ranks agree on it a step later
 
 
 def train_whole(folder: str, micro_batch_size: int) -> None:
