@@ -176,7 +176,8 @@ class Loop:
         first = self.outcome.steps + 1
         if self._is_done() and self._eval_batches is not None:
             # There was more than is asked for now, or what this state came to was not written: it is measured again.
-            self.outcome.evaluation = self._evaluate(self.outcome.steps, self.outcome.position[0])
+            epoch, consumed = self.outcome.position  # of the step that would come next
+            self.outcome.evaluation = self._evaluate(self.outcome.steps, epoch if consumed else max(epoch - 1, 0))
         try:
             with stop_on_signals(self._agreement):
                 while not (self._is_done() or self._ends_phase() or self.outcome.stopped or self.spike):

@@ -195,10 +195,11 @@ def _name(base: str, keys: Sequence[str], values: Sequence[str]) -> str:
 
 def _run(run_file: Path, point: Point) -> bool:
     """Train one of them in processes of its own, as `bigtrain launch` does; whether it came to its end."""
-    import subprocess
     import sys
 
     from bigtrain.config.loader import load
+    from bigtrain.terminal import print_line
+    from launchers.foreground import run_in_foreground
 
     run = load(run_file, point.changes).config.run
     if (Path(run.dir, run.name) / "result.json").exists():
@@ -206,10 +207,10 @@ def _run(run_file: Path, point: Point) -> bool:
         return True
     typer.echo(f"\n{point.name}")
     command = [sys.executable, "-m", "bigtrain", "launch", str(run_file), *point.changes]
-    try:
-        code = subprocess.run(command, check=False).returncode
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+    code, asked = run_in_foreground(command)
+    if asked is not None:
+        print_line("the sweep is stopped: the same command goes on with it")
+        raise typer.Exit(128 + asked)
     if code in (130, 143):
         raise typer.Exit(code)
     return code == 0

@@ -272,6 +272,17 @@ def test_a_run_that_has_done_more_than_is_asked_for_now_tells_what_it_has_come_t
     assert result["metrics"]["loss"] == whole.evaluation["loss"]
 
 
+def test_killed_after_the_last_save_it_ends_as_it_would_have(tmp_path):
+    values = evaluated(tmp_path, train={"epochs": 2})
+    run = bigtrain.train(values)
+    ended, result = run.history()[-1], (run.path / "result.json").read_text()
+    (run.path / "result.json").unlink()
+    again = bigtrain.train(values)
+    told = again.history()[-1]
+    assert {**told, "time": 0} == {**ended, "time": 0}
+    assert (run.path / "result.json").read_text() == result
+
+
 def test_a_stop_in_the_last_step_is_the_end(tmp_path):
     run = bigtrain.train(config(tmp_path), hooks=[stop(STEPS)])
     assert not run.outcome.stopped
