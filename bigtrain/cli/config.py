@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,11 +10,27 @@ import typer
 
 
 def _complete_key(incomplete: str) -> list[str]:
-    """Keys of the run file, for the shell."""
-    from bigtrain.config.keys import all_keys
+    """Keys of the run file, for the shell, and after an = the words that a key takes."""
+    from bigtrain.config.keys import all_keys, words_of
 
+    key, sign, begun = incomplete.partition("=")
+    if sign:
+        return [f"{key}={word}" for word in words_of(key) if word.startswith(begun)]
+    key = _key_before()
+    if key:
+        return [word for word in words_of(key) if word.startswith(incomplete)]
     keys = [key.path for key in all_keys() if not key.is_section and "[]" not in key.path]
     return [f"{key}=" for key in keys if key.startswith(incomplete)]
+
+
+def _key_before() -> str:
+    """The key whose value is being written, where the shell takes the = for a word of its own, as bash does."""
+    words, place = os.environ.get("COMP_WORDS", "").split(), os.environ.get("COMP_CWORD", "")
+    number = int(place) if place.isdecimal() else 0
+    for sign in (number, number - 1):
+        if sign > 0 and words[sign : sign + 1] == ["="]:
+            return words[sign - 1]
+    return ""
 
 
 app = typer.Typer(no_args_is_help=True, help="Look at run files and their keys.")

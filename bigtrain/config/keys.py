@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from bigtrain.catalogue import DATA, MODELS, OPTIMIZERS, TASKS
 from bigtrain.config.fields import OneOrMany, Section
 from bigtrain.config.help import help_of
 from bigtrain.config.schema import Config
@@ -114,6 +115,13 @@ def all_keys() -> tuple[Key, ...]:
     return (Key(BASE, "text", "null", BASE_HELP), *_walk((Config,), ""))
 
 
+def words_of(path: str) -> list[str]:
+    """The words that a key may be: those of its kind, and the names of what there is."""
+    kinds = [part for key in all_keys() if key.path == path for part in key.kind.split(" | ")]
+    words = [part for part in kinds if part.isidentifier() and part not in _KINDS]
+    return [*words, *_NAMED.get(path, ())]
+
+
 def _walk(sections: Sequence[type[Section]], prefix: str) -> Iterator[Key]:
     for section in sections:
         for name, field in section.model_fields.items():
@@ -136,6 +144,16 @@ def _key(path: str, section: type[Section], name: str) -> Key:
     )
 
 
+_KINDS = ("int", "number", "text", "name", "mapping", "metric")  # what a word stands for, and is not
+_NAMED = {
+    "task": TASKS,
+    "model": MODELS,
+    "optim": OPTIMIZERS,
+    "task.name": TASKS,
+    "model.name": MODELS,
+    "optim.name": OPTIMIZERS,
+    "data.name": DATA,
+}
 _WORDS = {bool: "true | false", int: "int", float: "number", str: "text", type(None): "null"}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bigtrain.cli.config import _complete_key
 from bigtrain.cli.sweep import make_points, split_values
 from bigtrain.errors import UserError
 from bigtrain.report import write_report
@@ -103,10 +104,21 @@ def test_a_sweep_its_table_and_the_comparison_of_its_runs(folder: Path) -> None:
     assert "runs in runs: base-lr1e-1, base-lr1e-3" in wrong
 
 
+def test_nothing_is_proposed_for_a_value_that_is_no_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMP_WORDS", "bigtrain train it.yaml optim.lr = ")
+    monkeypatch.setenv("COMP_CWORD", "5")
+    assert _complete_key("") == []
+    monkeypatch.setenv("COMP_CWORD", "6")
+    assert "optim.lr=" in _complete_key("opt")
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         ("bigtrain train it.yaml optim.sch", "optim.schedule.warmup_steps="),
+        ("bigtrain train it.yaml engine.name = f", "fsdp"),  # bash takes the = for a word
+        ("bigtrain train it.yaml run.deterministic =", "false"),
+        ("bigtrain train it.yaml engine.name=f", "engine.name=fsdp"),  # other shells do not
         ("bigtrain report ", "first"),
         ("bigtrain runs show fi", "first"),
         ("bigtrain eval ", "first"),
