@@ -20,14 +20,11 @@ from bigtrain.dist import World
 from bigtrain.engines import slots
 from bigtrain.engines.answers import checked, refuse_without_gradient
 from bigtrain.engines.casting import Casting
-from bigtrain.engines.sums import DeviceSums, HostSums, StepResult
+from bigtrain.engines.sums import DeviceSums, HostSums, StepResult, in_chunks
 from bigtrain.errors import CombinationError
 from bigtrain.optim import OptimizerPlan
 from bigtrain.protocols import LossSum
 from bigtrain.state import BUFFER, WEIGHT, Box, EngineState, Piece, Reader, TensorSpec, whole
-
-# Elements whose norm on the host is exact enough in float32: measured, 65,536 give 1e-7.
-_NORM_CHUNK = 1 << 16
 
 Fill = Callable[[Sequence[Piece]], None]
 
@@ -210,7 +207,7 @@ class TorchEngine:
 
     def _squared_norm(self, gradients: list[Tensor]) -> Tensor:
         """This rank's part of the squared norm of the whole gradient sum, such that the ranks' parts add up to it."""
-        chunks = _in_chunks(gradients)
+        chunks = in_chunks(gradients)
         if not (chunks and self._is_uniform):
             return get_total_norm(chunks).double().square()
         norms = torch.stack(torch._foreach_norm(chunks))
@@ -346,20 +343,6 @@ def take_no_part(engine: str, names: Sequence[str]) -> CombinationError:
         remedy="if they never do, freeze them (finetune.freeze): results stay the same; or set engine.name to fsdp;\n"
         "if they do on some ranks or in some steps only, add what they give, times zero, to the loss",
     )
-
-
-def _in_chunks(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Large tensors on the host in views of a size whose float32 norm torch computes to the last bits.
-
-    Over 4 million elements it is off by 1e-4, which then depends on how the tensor is sharded.
-    """
-    chunks: list[Tensor] = []
-    for tensor in tensors:
-        if tensor.numel() > _NORM_CHUNK and tensor.device.type == "cpu":
-            chunks.extend(torch.split(tensor.reshape(-1), _NORM_CHUNK))
-        else:
-            chunks.append(tensor)
-    return chunks
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from bigtrain.engines import slots
 from bigtrain.engines.answers import checked, refuse_without_gradient
 from bigtrain.engines.base import Choices, TorchEngine, persistent_buffers, take_no_part
 from bigtrain.engines.casting import Casting
-from bigtrain.engines.deepspeed_library import destroy, host_adam, initialize, partition_meta
+from bigtrain.engines.deepspeed_library import SumsWithNorms, destroy, host_adam, initialize, partition_meta
 from bigtrain.engines.sums import EarlySums, StepResult
 from bigtrain.engines.zero_slices import ShardedSlices, Slice, Slices, partition_of
 from bigtrain.errors import StateError
@@ -106,9 +106,14 @@ class ZeroEngine:
             self._read_weights(MemoryReader({(WEIGHT, name): tensor for name, tensor in exact.items()}, {}))
         if has_masters or choices.fill:
             self._write_through()
-        self._sums = EarlySums(world.device, world.start_sum_of_step)
+        self._sums = self._make_sums(choices)
         self._is_last = True
         self._parts = _Participation(model)
+
+    def _make_sums(self, choices: Choices) -> SumsWithNorms | EarlySums:
+        if SumsWithNorms.serve(self._zero, self._world, choices):
+            return SumsWithNorms(self._zero, self._world.sum_of_step)
+        return EarlySums(self._world.device, self._world.start_sum_of_step)
 
     def _frozen_part(self, p: Any, has_masters: bool) -> tuple[int, Tensor]:
         """This rank's part of a frozen parameter: its first element, and the memory, a float32 master in bf16."""
@@ -152,12 +157,16 @@ class ZeroEngine:
     def step(self, lr_scale: float) -> StepResult:
         """Divide by the targets of the whole global batch, clip, update, zero."""
         self._parts.check()
-        loss, count = self._sums.finish()
         for group in self._optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
-        with self._divided_by(count):
+        if isinstance(self._sums, SumsWithNorms):
             self._deepspeed.step()
-        norm = float(self._deepspeed.get_global_grad_norm())
+            loss, norm = self._sums.finish()
+        else:
+            loss, count = self._sums.finish()
+            with self._divided_by(count):
+                self._deepspeed.step()
+            norm = float(self._deepspeed.get_global_grad_norm())
         return StepResult(loss, norm, not math.isfinite(norm))
 
     @contextmanager

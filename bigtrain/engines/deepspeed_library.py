@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.metadata
 import io
 import logging
+import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,9 +20,12 @@ from torch import Tensor, nn
 from bigtrain.dist import World
 from bigtrain.engines.base import Choices
 from bigtrain.engines.deepspeed_config import build_config
+from bigtrain.engines.sums import at_least_something, sum_of_squares
 from bigtrain.errors import SetupError
 from bigtrain.optim import OptimizerPlan
+from bigtrain.protocols import LossSum
 
+_TESTED = "install a version that bigtrain is tested with: 0.19.3 to 0.19.8"
 _FORMER_NAMES = r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated"
 
 
@@ -51,11 +56,11 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, world: World,
             p.ds_shape = torch.Size([])
     if stage == 3:
         if not hasattr(engine.optimizer, "_gradient_averaging_world_size"):
-            raise _unknown_version(library)
+            raise _takes_means()
         # Its configuration knows no sum for stage 3.
         engine.optimizer._gradient_averaging_world_size = lambda params, world_size: 1
     elif engine.gradient_average:
-        raise _unknown_version(library)
+        raise _takes_means()
     return engine
 
 
@@ -96,6 +101,71 @@ def host_adam(plan: OptimizerPlan, tensors: Mapping[str, Tensor]) -> torch.optim
     with _quiet():
         made: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=plan.cls is torch.optim.AdamW)
     return made
+
+
+class SumsWithNorms:
+    """Loss, count and the norms of the gradients in one message, where DeepSpeed sends one for each group.
+
+    The count is what the gradients are divided by: DeepSpeed asks for the norms first, and divides by the loss scale
+    after that. For a host, stages 1 to 3, nothing offloaded.
+
+    Args:
+        zero: DeepSpeed's optimizer, whose way to sum norms is replaced.
+        reduce: Sums a tensor over all ranks, in place.
+    """
+
+    def __init__(self, zero: Any, reduce: Callable[[Tensor], Tensor]) -> None:
+        self._zero, self._reduce = zero, reduce
+        self._loss = self._count = 0.0
+        self._result: tuple[float, float] | None = None
+        self._norms: list[Tensor] = []
+        zero.get_grad_norm_direct = self._next_norm
+
+    @staticmethod
+    def serve(zero: Any, world: World, choices: Choices) -> bool:
+        """Whether DeepSpeed's optimizer is of the kind whose messages are known."""
+        kinds = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3")
+        is_offloaded = choices.zero.offload_optimizer or choices.zero.offload_params
+        is_known = type(zero).__name__ in kinds and hasattr(zero, "get_grad_norm_direct")
+        return is_known and world.device.type == "cpu" and not is_offloaded
+
+    def add(self, result: LossSum, *, last: bool) -> None:
+        """Add a microbatch."""
+        self._loss += result.total.item()
+        self._count += float(result.count)
+
+    def finish(self) -> tuple[float, float]:
+        """After DeepSpeed's step: the mean loss over all ranks, and the norm of its gradient, before clipping.
+
+        Raises:
+            SetupError: Where the step did without the norms, so that nothing was divided.
+        """
+        result, self._result = self._result, None
+        self._zero.loss_scaler.cur_scale = 1.0
+        if result is None:
+            raise SetupError(
+                f"DeepSpeed {_version()} took a step without asking for the norm of the gradients",
+                where="engine.name",
+                remedy=_TESTED,
+            )
+        return result
+
+    def _next_norm(self, gradients: Any, params: Any, norm_type: float = 2.0) -> Tensor:
+        """The norm of the next group of gradients, over all ranks; -1 where it is not finite."""
+        if not self._norms:
+            self._send()
+        return self._norms.pop(0)
+
+    def _send(self) -> None:
+        groups = self._zero.averaged_gradients  # by number
+        squares = [sum_of_squares(groups[i]) for i in range(len(groups))]
+        sums = torch.tensor([*squares, self._loss, self._count], dtype=torch.float64)
+        *squares, loss, count = self._reduce(sums).tolist()
+        self._loss = self._count = 0.0
+        divisor = at_least_something(count)
+        self._zero.loss_scaler.cur_scale = divisor
+        self._result = loss / divisor, math.sqrt(math.fsum(squares)) / divisor
+        self._norms = [torch.tensor(math.sqrt(square) if math.isfinite(square) else -1.0) for square in squares]
 
 
 def destroy(engine: Any) -> None:
@@ -174,9 +244,11 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _unknown_version(deepspeed: Any) -> SetupError:
+def _takes_means() -> SetupError:
     return SetupError(
-        f"DeepSpeed {deepspeed.__version__} takes means over ranks where sums are needed",
-        where="engine.name",
-        remedy="install a version that bigtrain is tested with: 0.19.3 to 0.19.8",
+        f"DeepSpeed {_version()} takes means over ranks where sums are needed", where="engine.name", remedy=_TESTED
     )
+
+
+def _version() -> str:
+    return importlib.metadata.version("deepspeed")

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from bigtrain.config import combinations
 from bigtrain.dist import join
 from bigtrain.engines import deepspeed, deepspeed_config
 from bigtrain.engines.base import Zero
-from bigtrain.errors import CombinationError, RankError
+from bigtrain.errors import CombinationError, RankError, SetupError
 from tests.helpers import zoo
 from tests.helpers.distributed import run_distributed
 from tests.helpers.engines import assert_same_state, build, everything, train, weights
@@ -69,6 +70,44 @@ def extra_is_passed_through() -> None:
 
 def test_extra_is_passed_through() -> None:
     run_distributed(extra_is_passed_through, 2)
+
+
+def count_messages(layout: str) -> None:
+    """Everything small that a step sums goes in one message, where DeepSpeed itself sends one for each group."""
+    with join("cpu", needs_group=True) as world:
+        engine = build(layout, world, empty=False)
+        assert len(engine._optimizer.param_groups) > 1
+        train(engine, world, 1, range(1))
+        small: list[int] = []
+        send = dist.all_reduce
+
+        def counted(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+            small.extend([tensor.numel()] if tensor.numel() < 10 else [])
+            return send(tensor, *args, **options)
+
+        dist.all_reduce = counted
+        try:
+            train(engine, world, 2, range(1, 2))
+        finally:
+            dist.all_reduce = send
+        assert small == [len(engine._optimizer.param_groups) + 2]  # norms, loss and count
+
+
+@pytest.mark.parametrize("layout", ["zero1", "zero2", "zero3"])
+def test_norms_loss_and_count_are_one_message(layout: str) -> None:
+    run_distributed(count_messages, 2, layout)
+
+
+def step_without_norms() -> None:
+    with join("cpu", needs_group=True) as world:
+        engine = build("zero2", world, empty=False)
+        del engine._zero.get_grad_norm_direct  # as of a version that sums them otherwise
+        train(engine, world, 1, range(1))
+
+
+def test_a_version_that_asks_for_no_norms_is_refused() -> None:
+    with pytest.raises(SetupError, match="took a step without asking for the norm of the gradients"):
+        run_distributed(step_without_norms, 1)
 
 
 def no_trace_of_unused(layout: str) -> None:
