@@ -74,15 +74,16 @@ def run_ranks(
     context.set_forkserver_preload(_PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         receivers, processes = [], []
-        for rank in range(world_size):
-            receiver, sender = context.Pipe(duplex=False)
-            # Not daemons: those may have no data workers. They are ended below, whatever happens.
-            process = context.Process(target=_work, args=(func, rank, world_size, folder, sender, tuple(args), strict))
-            process.start()
-            sender.close()
-            receivers.append(receiver)
-            processes.append(process)
         try:
+            for rank in range(world_size):
+                receiver, sender = context.Pipe(duplex=False)
+                # Not daemons: those may have no data workers. They are ended below, whatever happens.
+                given = (func, rank, world_size, folder, sender, tuple(args), strict)
+                process = context.Process(target=_work, args=given)
+                process.start()
+                sender.close()
+                receivers.append(receiver)
+                processes.append(process)
             return _collect(receivers, processes, folder, time.monotonic() + timeout_s)
         finally:
             for process in processes:
@@ -137,6 +138,8 @@ def _work(
     args: tuple[Any, ...],
     strict: bool,
 ) -> None:
+    if not os.path.isdir(folder):  # who asked for this process was interrupted, and has left
+        os._exit(0)
     gc.freeze()  # what the server imported stays: looking through it at every collection would copy it, too
     with open(f"{folder}/stack-of-rank-{rank}", "w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack)

@@ -221,7 +221,8 @@ class Supervisor:
             if cause is not None:
                 print_line(f"\n{cause.text}", 2)
             elif end.outcome == STOPPED and not end.at_step:  # else rank 0 says what it saved
-                print_line(word_of_early_stop(attempt.parent.parent, goes_on=self._plan.goes_on))
+                word = word_of_early_stop(attempt.parent.parent, goes_on=self._plan.goes_on)
+                print_line(word if self._plan.leaves_result else "stopped")
             return False
         may_pass = cause is None or cause.may_pass
         reason = None
