@@ -101,7 +101,7 @@ class Problem:
         if self.suggestions:
             lines.append("  did you mean: " + ", ".join(self.suggestions))
         if self.remedy:
-            lines.append("  do: " + self.remedy)
+            lines.append("  do: " + self.remedy.replace("\n", "\n      "))
         return "\n".join(lines)
 
 

@@ -74,7 +74,7 @@ def _unknown_key(path: Path, node: Node, tree: Node) -> Problem:
     if "." in wrong and known:
         return Problem(f"{wrong} is given as one key", node.origin, name, (), f"nest it: {_nested(wrong)}")
     meant = nearest_keys(wrong, here, keys.all_keys(), given)
-    remedy = "\n      ".join(map(str, meant)) or f"{_where(parent)} takes {', '.join(key.name for key in here)}"
+    remedy = "\n".join(map(str, meant)) or f"{_where(parent)} takes {', '.join(key.name for key in here)}"
     return Problem(f"there is no key {name}", node.origin, name, tuple(key.path for key in meant), remedy)
 
 

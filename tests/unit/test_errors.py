@@ -35,6 +35,11 @@ def test_it_says_what_where_and_what_to_do():
     assert str(TrainingError("stopped")) == "stopped"
 
 
+def test_a_problem_says_the_same_in_the_same_form():
+    problem = Problem("a is wrong", "run.yaml:3", "a", (), "give a folder\nwith images")
+    assert str(problem) == "run.yaml:3: a is wrong\n  do: give a folder\n      with images"
+
+
 def test_a_config_error_holds_several_problems():
     first = Problem("there is no key a", "run.yaml:3", "a", ("b", "c"), "b: The b.")
     error = ConfigError([first, Problem("d is missing")])
