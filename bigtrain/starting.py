@@ -19,19 +19,23 @@ def allowed_for(config: Config) -> runs.Allowed:
     return runs.Allowed(unfinished=goes_on, finished=goes_on and _asks_for_more(config))
 
 
-def word_of_early_stop(path: Path | None, *, goes_on: bool) -> str:
-    """What there is of a run that was stopped before it took a step, and what to do.
+def word_of_early_stop(path: Path | None, *, goes_on: bool, took_steps: bool = False) -> str:
+    """What there is of a run that was stopped and could not save, and what to do.
 
     Args:
         path: Its folder; None where it is not known yet.
         goes_on: Whether the run file lets a run that has begun go on.
+        took_steps: Whether it may have taken steps, which are lost.
     """
     step = runs.newest_step(path) if path else -1
     if step >= 0:
-        return f"stopped before another step; the same command goes on from step {step}"
+        way = "the same command" if goes_on else "with checkpoint.resume=auto it"
+        stopped = "ended at once, without saving" if took_steps else "stopped before another step"
+        return f"{stopped}; {way} goes on from step {step}"
     has_begun = path is not None and (path / runs.CONFIG).exists()
     way = "the same command begins it" if goes_on or not has_begun else f"delete {path}, and the same command begins it"
-    return f"stopped before its first step: nothing was saved; {way}"
+    stopped = "ended at once" if took_steps else "stopped before its first step"
+    return f"{stopped}: nothing was saved; {way}"
 
 
 def _asks_for_more(config: Config) -> bool:

@@ -179,7 +179,7 @@ def report(telling: Telling, folder: RunFolder, config: Config) -> None:
 
 def tell_failure(telling: Telling, folder: RunFolder, step: int, error: BaseException, config: Config) -> None:
     """Note in the run's events why it failed, and write its report without a word: what it failed of comes first."""
-    if isinstance(error, StoppedEarly):
+    if isinstance(error, StoppedEarly | KeyboardInterrupt):
         telling.tell({"step": step, "event": "stop"})
         return
     said = (error.problem if isinstance(error, BigtrainError) else str(error)).partition("\n")[0]

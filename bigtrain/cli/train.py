@@ -63,8 +63,13 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
 
             run = train_run(run_file, overrides or ())
     except StoppedEarly:
-        _tell_early_stop(config)
+        _tell_early_stop(config, took_steps=False)
         raise
+    except KeyboardInterrupt:  # the second one: the first waits for the end of a step
+        if is_rank:
+            leave_at_once()
+        _tell_early_stop(config, took_steps=True)
+        leave(_STOPPED)  # a thread that still writes would end it badly
     except BaseException as error:
         if not is_rank or (config is None and isinstance(error, Exception)):
             raise
@@ -78,12 +83,13 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
         raise typer.Exit(_STOPPED)
 
 
-def _tell_early_stop(config: Config | None) -> None:
+def _tell_early_stop(config: Config | None, *, took_steps: bool) -> None:
     from bigtrain.starting import word_of_early_stop
     from bigtrain.terminal import print_line
 
     path = Path(config.run.dir, config.run.name) if config else None
-    print_line(word_of_early_stop(path, goes_on=config is None or config.checkpoint.resume == "auto"))
+    goes_on = config is None or config.checkpoint.resume == "auto"
+    print_line(word_of_early_stop(path, goes_on=goes_on, took_steps=took_steps))
 
 
 # What a shell reports of a program that was interrupted.
@@ -91,7 +97,7 @@ _STOPPED = 130
 
 
 def leave(code: int) -> NoReturn:
-    """End a rank that is done, past the interpreter's own end.
+    """End a rank that is done, or a process that was interrupted, past the interpreter's own end.
 
     There, a thread of gloo that still wants the interpreter's lock is ended in the middle of C++, which ends the rank
     with SIGABRT ("terminate called without an active exception"): it was seen twice in some hundreds of starts. A

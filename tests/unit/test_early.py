@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 import bigtrain
 from bigtrain.cli.train import train
 from bigtrain.early import StoppedEarly
-from bigtrain.tracking.reading import read_rows
+from bigtrain.tracking.reading import load_run, read_rows
 
 MODULE = """
 import os, signal
@@ -25,6 +26,20 @@ def model(number: int = 0, hides: bool = False):
         if not hides:
             raise
     return nn.Linear(1, 1)
+
+
+class Interrupted(nn.Linear):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == 6:
+            raise KeyboardInterrupt
+        return super().forward(x)
+
+
+def interrupted():
+    return Interrupted(1, 1)
 
 
 def points(split):
@@ -93,3 +108,20 @@ def test_what_goes_on_is_said_as_the_run_file_lets_it(run_file, resume, way, cap
     assert (
         f"stopped after step 1 of 2, as asked: {run_file.parent}/runs/it; {way} from there" in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize(
+    ("every", "said"),
+    [
+        ("4", "ended at once, without saving; the same command goes on from step 4\n"),
+        ("null", "ended at once: nothing was saved; the same command begins it\n"),
+    ],
+)
+def test_a_second_interrupt_says_what_there_is(run_file, every, said, capsys, monkeypatch):
+    monkeypatch.setitem(train.__globals__, "leave", sys.exit)  # this process is to go on
+    changes = ["model=stopped_early:interrupted", "train.steps=9", f"checkpoint.every_steps={every}"]
+    with pytest.raises(SystemExit) as ended:
+        train(run_file, [*changes, "checkpoint.background=false", "eval.every_epochs=null"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().out.endswith(said)
+    assert load_run(run_file.parent / "runs/it").events[-1]["event"] == "stop"
