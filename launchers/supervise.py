@@ -220,8 +220,11 @@ class Supervisor:
         if end.outcome in (FINISHED, STOPPED):
             if cause is not None:
                 print_line(f"\n{cause.text}", 2)
-            elif end.outcome == STOPPED and not end.at_step:  # else rank 0 says what it saved
-                word = word_of_early_stop(attempt.parent.parent, goes_on=self._plan.goes_on)
+            elif end.outcome == STOPPED and (
+                not end.at_step or end.step < end.at_step
+            ):  # else rank 0 says what it saved
+                goes_on, took_steps = self._plan.goes_on, bool(end.at_step)
+                word = word_of_early_stop(attempt.parent.parent, goes_on=goes_on, took_steps=took_steps)
                 print_line(word if self._plan.leaves_result else "stopped")
             return False
         may_pass = cause is None or cause.may_pass

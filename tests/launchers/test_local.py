@@ -18,7 +18,7 @@ import yaml
 from bigtrain.config.loader import from_dict
 from bigtrain.errors import CombinationError
 from launchers.plan import count_cores, make_plan
-from tests.helpers.launching import begin
+from tests.helpers.launching import begin, until
 
 ROOT = Path(__file__).parents[2]
 
@@ -232,6 +232,19 @@ def test_ctrl_c_stops_all_ranks_at_a_step_boundary(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "stopped after step" in out
     assert not (tmp_path / "runs/it/result.json").exists()
+
+
+@pytest.mark.slow
+def test_who_is_ended_before_it_could_save_says_so(tmp_path: Path) -> None:
+    path = run_file(tmp_path, train={"steps": 100_000}, checkpoint={"every_steps": None})
+    process = begin(tmp_path, "launch", str(path), "--nproc=2")
+    metrics = tmp_path / "runs/it/metrics.jsonl"
+    until(lambda: metrics.exists() and b"loss" in metrics.read_bytes(), 60, "the first numbers")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        process.send_signal(number)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode >= 128
+    assert out.endswith("ended at once: nothing was saved; the same command begins it\n")
 
 
 @pytest.mark.slow
