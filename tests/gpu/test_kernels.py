@@ -65,13 +65,14 @@ def test_logits_are_never_whole() -> None:
     assert used < whole
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_loss_in_chunks_has_the_gradients_of_a_whole_one(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, compiled: bool
+    monkeypatch: pytest.MonkeyPatch, precision: str, compiled: bool
 ) -> None:
     """Seven chunks, the last of them short; some targets do not count."""
     device, width, vocab, number = torch.device("cuda", 0), 64, 3000, 900
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     monkeypatch.setattr(head, "_most_logits", lambda device: 140 * vocab)
     torch.manual_seed(0)
     layer = Head(width, vocab).to(device, dtype)
@@ -83,10 +84,11 @@ def test_a_loss_in_chunks_has_the_gradients_of_a_whole_one(
     expected = [whole, *torch.autograd.grad(whole, exact)]
     if compiled:
         layer.compile_loss()
-    total = layer(hidden, targets)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast"):
+        total = layer(hidden, targets)
     found = [total, *torch.autograd.grad(total, [hidden, layer.weight])]
     for ours, theirs in zip(found, expected, strict=True):
-        assert (ours.double() - theirs).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * theirs.norm()
+        assert (ours.double() - theirs).norm() < (1e-5 if precision == "fp32" else 1e-2) * theirs.norm()
 
 
 @pytest.mark.parametrize(
