@@ -30,14 +30,15 @@ def test_the_run_file_and_every_command(tmp_path, monkeypatch):
     (run_file,) = [text for kind, text in FENCE.findall(TEXT) if kind == "yaml"]
     (tmp_path / "run.yaml").write_text(run_file)
     bigtrain.train("run.yaml", ["engine.device=cpu", "track.progress=none"])
-    for name in ("a.png", "b.png"):
+    Path("pictures/of_more").mkdir(parents=True)
+    for name in ("a.png", "b.png", "pictures/c.png", "pictures/of_more/d.png"):
         Image.new("L", (8, 8), 90).save(name)
     said = {}
     for words in commands():
         done = CliRunner().invoke(app, words)
         assert done.exit_code == 0, (words, done.output, done.exception)
         said[" ".join(words)] = done.stdout
-    assert len(said) == 7
+    assert len(said) == 8
     measured = json.loads(said["eval run --json"])["metrics"]
     reported = json.loads(Path("runs/run/result.json").read_text())
     assert measured["loss"] == reported["metrics"]["loss"]
@@ -45,4 +46,5 @@ def test_the_run_file_and_every_command(tmp_path, monkeypatch):
     assert said["eval run --no-ema"] != said["eval run"]
     assert "898 samples" in said["eval run --data eval={split: 0.5}"]
     assert said["predict run a.png b.png"].count("a.png") == said["predict run a.png b.png"].count("b.png") == 1
+    assert all(f"pictures/{name}" in said["predict run pictures/"] for name in ("c.png", "of_more/d.png"))
     assert said["predict run a.png --csv"].startswith("input,class,probability,label\na.png,")

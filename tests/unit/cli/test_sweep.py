@@ -101,7 +101,7 @@ def test_a_sweep_its_table_and_the_comparison_of_its_runs(folder: Path) -> None:
     assert "base-lr1e-1" in (folder / "both.html").read_text()
     assert "report.html" in bigtrain(folder, "report", "base-lr1e-3")
     wrong = bigtrain(folder, "report", "base-lr1e-4", code=2)
-    assert "runs in runs: base-lr1e-1, base-lr1e-3" in wrong
+    assert "did you mean base-lr1e-3 or base-lr1e-1?" in wrong
 
 
 def test_nothing_is_proposed_for_a_value_that_is_no_word(monkeypatch: pytest.MonkeyPatch) -> None:
