@@ -74,6 +74,7 @@ def environment(bench: Bench, deadline: float) -> list[Row]:
 def checks(bench: Bench, deadline: float) -> list[Row]:
     """tests/gpu, in a process of their own."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
+    command += ["--tb=short", "--show-capture=no", "-rfE"]
     if _version("pytest-xdist", "xdist"):  # most of their time goes into imports and compilation
         command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal", "-p", "no:benchmark"]
     try:

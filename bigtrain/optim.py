@@ -56,6 +56,7 @@ class OptimizerPlan:
         elementwise: Whether the update of an element depends on nothing but that element, so that shards may be
             updated alone.
         fusable: Whether it updates by torch's fused kernels, which also scale gradients and skip a step on the device.
+        compiles: Whether torch.compile may make kernels for it.
     """
 
     cls: type[torch.optim.Optimizer]
@@ -63,6 +64,7 @@ class OptimizerPlan:
     groups: tuple[Group, ...]
     elementwise: bool
     fusable: bool
+    compiles: bool = False
 
     def build(self, tensors: Mapping[str, Tensor]) -> torch.optim.Optimizer:
         """Make the optimizer over `tensors`, which holds every name of every group.
@@ -72,10 +74,13 @@ class OptimizerPlan:
         """
         fused: dict[str, Any] = {"fused": True} if self.fusable else {}
         try:
-            return self.cls(self.param_groups(tensors), **self.args, **fused)
+            optimizer = self.cls(self.param_groups(tensors), **self.args, **fused)
         except (TypeError, ValueError, RuntimeError) as cause:
             given = ", ".join(f"{name}={value!r}" for name, value in self.args.items())
             raise UserError(f"{self.cls.__name__} refuses {given}: {cause}", where="optim") from cause
+        if self.compiles and isinstance(optimizer, Bf16Moments):
+            optimizer.compile_step()
+        return optimizer
 
     def bytes_per_element(self) -> float:
         """What the optimizer keeps for each element of a float32 parameter, found by one step on a small one."""
@@ -118,6 +123,7 @@ def plan_optimizer(
     *,
     lr_scales: Mapping[str, float] | None = None,
     begins: Mapping[str, int] | None = None,
+    compiles: bool = False,
 ) -> OptimizerPlan:
     """Decide class, groups and hyperparameters for the trainable parameters of a plain, unsharded model.
 
@@ -157,6 +163,7 @@ def plan_optimizer(
         tuple(Group(tuple(names), hyper) for hyper, names in groups.values()),
         elementwise=built_in or bool(getattr(cls, "elementwise", False)),
         fusable=built_in and not implementation_is_chosen,
+        compiles=compiles,
     )
 
 

@@ -266,7 +266,9 @@ def prepare_whole(config: Config, subject: Subject = Subject()) -> nn.Module:
 
 def plan_for_phase(model: nn.Module, config: Config, freezing: FreezePlan, phase: int) -> OptimizerPlan:
     """The optimizer of one phase of the freeze plan, for a plain model that is frozen accordingly."""
-    return plan_optimizer(model, config.optim, lr_scales=freezing.lr_scales(phase), begins=freezing.begins())
+    scales, begins = freezing.lr_scales(phase), freezing.begins()
+    compiles = config.compile.scope != "none"
+    return plan_optimizer(model, config.optim, lr_scales=scales, begins=begins, compiles=compiles)
 
 
 def _prepare(

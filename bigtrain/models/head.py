@@ -25,6 +25,8 @@ MOST_LOGITS = 1 << 27
 _MEMORY_PER_LOGIT = 512
 # Tensor cores multiply fastest where every side is a multiple of this.
 _ALIGNMENT = 128
+# Elements of a gradient in bfloat16 that are in float32 at once while it is scaled.
+_WIDE = 1 << 24
 
 LossAndSlopes = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -136,8 +138,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if saved is None else saved * gradient for saved in ctx.saved_tensors]
+        scaled = [None if saved is None else _scaled(saved, gradient) for saved in ctx.saved_tensors]
         return (*scaled, None, None, None, None)
+
+
+def _scaled(saved: Tensor, factor: Tensor) -> Tensor:
+    """A product with a factor of shape (), which on a GPU torch would round to the other's dtype first."""
+    if saved.dtype == factor.dtype or torch.compiler.is_compiling():
+        return (saved.to(factor.dtype) * factor).to(saved.dtype)
+    scaled, rows = torch.empty_like(saved), max(1, _WIDE // saved.shape[1])
+    for new, old in zip(torch.split(scaled, rows), torch.split(saved, rows), strict=True):
+        new.copy_(old.to(factor.dtype) * factor)
+    return scaled
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -169,11 +169,12 @@ def test_evaluation_leaves_no_trace(layout: str, world_size: int) -> None:
     run_distributed(evaluation_leaves_no_trace, world_size, layout)
 
 
-def skip_one_step(layout: str, optim: dict[str, Any]) -> None:
+def skip_one_step(layout: str, optim: dict[str, Any], compiles: bool) -> None:
     """A NaN on one rank: nobody's weights, moments or counters move, and training goes on as if it had not been."""
     with join("cpu", needs_group=layout != "single") as world:
-        engine = build(layout, world, optim=optim, empty=False)
-        clean = build(layout, world, optim=optim, empty=False)
+        engine, clean = (
+            build(layout, world, optim=optim, empty=False, compiles_updates=compiles) for _ in range(2)
+        )
         for step in range(4):
             batches = zoo.my_microbatches(step, world.rank, world.size, 2)
             if step in (0, 2):
@@ -195,13 +196,19 @@ class _Poisoned(zoo.OddTask):
         return result._replace(total=result.total * float("nan"))
 
 
-@pytest.mark.parametrize("optim", [zoo.ADAMW, zoo.SGD, zoo.BF16_MOMENTS], ids=["adamw", "sgd", "moments in bf16"])
+@pytest.mark.parametrize(
+    ("optim", "compiles"),
+    [(zoo.ADAMW, False), (zoo.SGD, False), (zoo.BF16_MOMENTS, False), (zoo.BF16_MOMENTS, True)],
+    ids=["adamw", "sgd", "moments in bf16", "compiled moments in bf16"],
+)
 @pytest.mark.parametrize(
     ("layout", "world_size"),
     [("single", 1), ("ddp", 2), ("fsdp", 2), ("zero0", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)],
 )
-def test_a_step_that_is_not_finite_changes_nothing(layout: str, world_size: int, optim: dict[str, Any]) -> None:
-    run_distributed(skip_one_step, world_size, layout, optim)
+def test_a_step_that_is_not_finite_changes_nothing(
+    layout: str, world_size: int, optim: dict[str, Any], compiles: bool
+) -> None:
+    run_distributed(skip_one_step, world_size, layout, optim, compiles)
 
 
 def compare_compiled(layout: str) -> None:

@@ -86,9 +86,13 @@ def test_a_loss_in_chunks_has_the_gradients_of_a_whole_one(
         layer.compile_loss()
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast"):
         total = layer(hidden, targets)
-    found = [total, *torch.autograd.grad(total, [hidden, layer.weight])]
+    factor = 1.3  # in bfloat16 0.24 % less
+    found = [total * factor, *torch.autograd.grad(total * factor, [hidden, layer.weight])]
     for ours, theirs in zip(found, expected, strict=True):
+        theirs = theirs * factor
         assert (ours.double() - theirs).norm() < (1e-5 if precision == "fp32" else 1e-2) * theirs.norm()
+        share = (ours.double() * theirs).sum() / theirs.square().sum()
+        assert abs(share - 1) < (1e-5 if precision == "fp32" else 1e-3)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,59 @@ def test_it_is_torchs_with_moments_rounded_after_each_step(pair: tuple[Any, Any]
                 assert torch.equal(torchs.state[p][kind], kept.float()), f"step {step}, {tuple(p.shape)}, {kind}"
 
 
+@pytest.mark.parametrize("my_class", [Bf16Adam, Bf16AdamW])
+def test_compiled_it_differs_in_the_last_bits_alone(my_class: Any) -> None:
+    """A parameter and its gradient may begin anywhere in a buffer; gradients are divided and a step left out."""
+    torch.manual_seed(0)
+    theirs = [torch.randn(shape, device=DEVICE).requires_grad_() for shape in [*SHAPES, (4097,), (1,)]]
+    buffers = [torch.randn(p.numel() + 1, device=DEVICE) for p in theirs]
+    ours = [buffer[1:].view(p.shape).requires_grad_() for p, buffer in zip(theirs, buffers, strict=True)]
+    plain, compiled = my_class(theirs, **HYPER), my_class(ours, **HYPER)
+    compiled.compile_step()
+    for p, q in zip(theirs, ours, strict=True):
+        q.detach().copy_(p.detach())
+    for step in range(5):
+        for optimizer in (plain, compiled):
+            optimizer.grad_scale = torch.tensor(3.0, device=DEVICE)
+            optimizer.found_inf = torch.tensor(float(step == 2), device=DEVICE)
+            optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
+        for p, q in zip(theirs, ours, strict=True):
+            p.grad = torch.randn_like(p) if step != 2 else torch.full_like(p, torch.nan)
+            q.grad = torch.cat((torch.zeros(1, device=DEVICE), p.grad.flatten()))[1:].view(p.shape)
+        plain.step()
+        compiled.step()
+        for p, q in zip(theirs, ours, strict=True):
+            # Where a moment is rounded the other way its weight goes as much another way; that happens to few.
+            off = (q - p).detach().abs()
+            assert (off > 1e-2 * 0.05).sum() == 0
+            assert (off > 1e-6).sum() <= 1e-2 * off.numel()
+            assert torch.equal(plain.state[p]["step"], compiled.state[q]["step"])
+            for kind in MOMENTS[:2]:
+                kept, wanted = compiled.state[q][kind], plain.state[p][kind]
+                assert kept.dtype == torch.bfloat16
+                assert (kept != wanted).sum() <= 1e-2 * kept.numel()
+                assert (kept - wanted).norm() <= 1e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize("engine", ["single", "ddp", "fsdp"])
+def test_compiled_nobody_waits_and_each_optimizer_is_one_kernel(engine: str) -> None:
+    optim = {**OPTIM, "schedule": {"name": "cosine", "warmup_steps": 2}}  # another rate in every step
+    with training(gpt_run(engine, optim=optim, compile="blocks")) as built:
+        loop = built.loop()
+        for _ in range(4):
+            loop._one_step()
+        with no_waiting(), torch._dynamo.config.patch(error_on_recompile=True):
+            for _ in range(4):
+                loop._one_step()
+        assert loop._watch.last() is None
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            loop._one_step()
+            torch.cuda.synchronize()
+    names = [event.key for event in profile.key_averages()]
+    assert not [name for name in names if "FusedOptimizer" in name]
+
+
 @pytest.mark.parametrize("engine", ["single", "ddp", "fsdp"])
 def test_nobody_waits_and_nothing_is_compiled(engine: str) -> None:
     optim = {**OPTIM, "schedule": {"name": "cosine", "warmup_steps": 2}}  # another rate in every step

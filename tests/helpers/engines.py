@@ -37,10 +37,11 @@ def build(
     zero: Zero | None = None,
     empty: bool = True,
     compiled: bool = False,
+    compiles_updates: bool = False,
 ) -> Engine:
     """The odd model under an engine; `hsdp` is fsdp with two ranks a copy, `zero2` is deepspeed in stage 2."""
     model = zoo.make_odd(frozen, dtype, empty)
-    plan = plan_optimizer(model, schema.Optim.model_validate(optim))
+    plan = plan_optimizer(model, schema.Optim.model_validate(optim), compiles=compiles_updates)
     stage = {f"zero{n}": n for n in range(4)}.get(layout)
     blocks = compiled_blocks = [block for _, block in find_blocks(model)]
     if compiled and stage == 3:  # what DeepSpeed cannot do: see test_what_cannot_be

@@ -32,6 +32,7 @@ _KEPT = (
 )
 _DAEMONS = ("munged", "slurmctld", "slurmd")
 _PORTS_OF_CACHES = 5
+_PORT_OF_NCCL = 28028  # at which it answers questions about itself (RAS), from the first group to the process's end
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -63,7 +64,8 @@ def _ports() -> set[int]:
     come: measured over many trainings in one process, never more than five. So it is their number that may not grow.
     """
     held = psutil.Process().net_connections(kind="inet")
-    return {connection.laddr.port for connection in held if connection.status == psutil.CONN_LISTEN}
+    listening = {connection.laddr.port for connection in held if connection.status == psutil.CONN_LISTEN}
+    return listening - {_PORT_OF_NCCL}
 
 
 def _files() -> set[str]:

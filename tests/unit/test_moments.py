@@ -120,6 +120,51 @@ def test_gradients_are_divided_and_steps_left_out(my_class):
     assert all(state["step"] == 2 for state in divided.state.values())
 
 
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True, "maximize": True}])
+@pytest.mark.parametrize("my_class", [Bf16Adam, Bf16AdamW])
+def test_compiled_it_differs_in_the_last_bits_alone(monkeypatch, my_class, options):
+    """One kernel for parameters of every shape and for every rate; those that lie in no row go the other way."""
+    monkeypatch.setattr(moments, "_CHUNK_COMPILED", 900)  # some are cut
+    tensors = pairs()
+    compiled, plain = (my_class([pair[i] for pair in tensors], **HYPER | options) for i in (0, 1))
+    compiled.compile_step()
+    torch._dynamo.reset()
+    for step in range(6):
+        give_gradients(tensors)
+        for optimizer in (compiled, plain):
+            optimizer.grad_scale = torch.tensor(3.0)
+            optimizer.found_inf = torch.tensor(float(step == 3))
+            optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            compiled.step()
+        plain.step()
+        for ours, theirs in tensors:
+            off = (ours - theirs).detach().abs()
+            assert (off > 1e-2 * 0.05).sum() == 0
+            assert (off > 1e-5).sum() <= 1e-2 * off.numel()
+            assert torch.equal(compiled.state[ours]["step"], plain.state[theirs]["step"])
+            for kind in plain.state[theirs].keys() & set(MOMENTS):
+                kept, wanted = compiled.state[ours][kind], plain.state[theirs][kind]
+                assert kept.dtype == torch.bfloat16
+                assert kept.shape == ours.shape
+                assert (kept != wanted).sum() <= 1e-2 * kept.numel()
+                assert (kept - wanted).norm() <= 1e-3 * wanted.norm()
+
+
+def test_compiled_a_step_left_out_leaves_all_as_it_was():
+    tensors = pairs()
+    optimizer = Bf16AdamW([ours for ours, _ in tensors], **HYPER)
+    optimizer.compile_step()
+    for poisoned in (False, True):
+        give_gradients(tensors)
+        before = pickle.dumps([[ours for ours, _ in tensors], optimizer.state_dict()])
+        if poisoned:
+            tensors[0][0].grad.fill_(torch.inf)
+        optimizer.found_inf = torch.tensor(float(poisoned))
+        optimizer.step()
+    assert pickle.dumps([[ours for ours, _ in tensors], optimizer.state_dict()]) == before
+
+
 def test_parameters_of_several_dtypes_in_one_group():
     several = [torch.randn(7, dtype=dtype).requires_grad_() for dtype in (torch.float32, torch.float64, torch.float32)]
     alone = [p.detach().clone().requires_grad_() for p in several]
@@ -171,6 +216,13 @@ def test_a_plan_has_4_bytes_a_parameter_and_divides_in_the_kernel():
     assert plan_optimizer(model, optim(moments="bf16", args={"betas": [0.9, 0.95], "amsgrad": True})).slots(2) == {
         *("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     }
+
+
+def test_a_plan_compiles_the_step_where_the_run_compiles():
+    for kept, compiles in (("bf16", True), ("bf16", False), ("fp32", True)):
+        plan = plan_optimizer(zoo.make_odd(), optim(moments=kept, **BETAS), compiles=compiles)
+        optimizer = plan.build(dict(zoo.make_odd().named_parameters()))
+        assert (getattr(optimizer, "_compiled", None) is not None) == (kept == "bf16" and compiles)
 
 
 @pytest.mark.parametrize("betas", [[0.9, 0.99], [0.99, 0.9], [0.0, 0.5]])

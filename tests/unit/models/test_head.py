@@ -98,6 +98,17 @@ def test_a_bfloat16_layer_sums_in_float32(monkeypatch, tokens):
         assert (mine - theirs).norm() < 2**-8 * theirs.norm()
 
 
+def test_gradients_are_scaled_in_float32(monkeypatch):
+    """By a factor that bfloat16 rounds by 0.24 %, a part of the weight at a time."""
+    in_chunks(monkeypatch, 4)
+    monkeypatch.setattr(head, "_WIDE", 100)
+    layer, hidden, targets = make_case(torch.bfloat16)
+    plain = ours(layer, hidden, targets)[1:]
+    scaled = torch.autograd.grad(1.3 * layer(hidden, targets), [hidden, layer.weight])
+    for mine, theirs in zip(scaled, plain, strict=True):
+        assert torch.equal(mine, (theirs.float() * 1.3).bfloat16())
+
+
 def test_many_chunks_lose_nothing_of_a_bfloat16_gradient(monkeypatch):
     """400 chunks whose gradients are equal: added up in bfloat16, the sum would stop growing."""
     layer = Head(2, 3).bfloat16()
