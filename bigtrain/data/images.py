@@ -167,6 +167,31 @@ class PicturesElsewhere:
         self.class_names = list(class_names)
 
 
+def read_picture(path: str | Path) -> Any:
+    """A file as an image of Pillow, turned as its camera says; to train on and to predict from alike.
+
+    Raises:
+        DataError: Where its pixels have more than 8 bits: Pillow would cut them off at 255, without a word.
+        OSError, SyntaxError, ValueError: Of Pillow, where the file cannot be read.
+    """
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as picture:
+        if picture.mode.startswith(("I", "F")):
+            raise DataError(
+                f"the pixels of {str(path)!r} are numbers of more than 8 bits (mode {picture.mode}), and pictures are "
+                "read in 8",
+                where=str(path),
+                remedy="scale its range to 0 … 255 and save it anew, or read it in a dataset of your own\n"
+                "(docs/extending.md)",
+            )
+        return ImageOps.exif_transpose(picture).copy()
+
+
+def _in_rgb(path: str) -> Any:
+    return read_picture(path).convert("RGB")
+
+
 def image_folder(split: str, *, root: str) -> LibraryImages:
     """Images in folders, root/<class>/<name>.png, in RGB; classes are numbered in the order of their names.
 
@@ -183,7 +208,7 @@ def image_folder(split: str, *, root: str) -> LibraryImages:
     if not path.is_dir():
         raise missing(path, "a folder that holds a folder of images for each class", where="data.args.root")
     try:
-        return LibraryImages(ImageFolder(str(path)))
+        return LibraryImages(ImageFolder(str(path), loader=_in_rgb))
     except FileNotFoundError as error:
         raise DataError(
             f"{root!r} is not a folder of classes: {error}",

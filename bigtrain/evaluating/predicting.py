@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bigtrain.data import create
-from bigtrain.data.images import PicturesElsewhere
+from bigtrain.data.images import PicturesElsewhere, read_picture
 from bigtrain.data.paths import missing
 from bigtrain.data.transforms import Transformed
 from bigtrain.errors import CombinationError, DataError, UserError
@@ -183,13 +183,12 @@ def _image(path: Path, data: Any, shape: torch.Size | None, trained: Trained) ->
 
 
 def _read(path: Path) -> Any:
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if not path.is_file():
         raise missing(path, "the files of pictures, as in/*.png, or their folder", where="INPUT")
     try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).copy()
+        return read_picture(path)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(
             f"{str(path)!r} is no picture that can be read: {error}",

@@ -104,6 +104,28 @@ def test_an_image_that_vanished_is_named(folder, workers):
     assert "sample 2" in caught.value.where
 
 
+def test_pictures_are_turned_as_their_cameras_say(folder):
+    upright = np.zeros((4, 5, 3), np.uint8)
+    upright[0] = 255
+    turned = Image.fromarray(np.rot90(upright).copy())
+    exif = turned.getexif()
+    exif[0x0112] = 6  # EXIF 2.32, 4.6.4: Orientation; 6 is to be turned by 90° clockwise
+    turned.save(folder / "cat" / "0.png", exif=exif)
+    to_train_on, _ = create("image_folder", "train", {"root": str(folder)})[0]
+    for read in (to_train_on, images.read_picture(folder / "cat" / "0.png")):
+        np.testing.assert_array_equal(np.asarray(read), upright)
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(np.uint16, "x.png"), (np.int32, "x.tiff"), (np.float32, "x.tiff")])
+def test_pixels_of_more_than_8_bits_are_refused_and_not_cut_off(folder, dtype, name):
+    path = folder / "cat" / name
+    Image.fromarray(np.full((4, 5), 4095).astype(dtype)).save(path)
+    dataset = create("image_folder", "train", {"root": str(folder)})
+    with pytest.raises(DataError, match="more than 8 bits") as caught:
+        dataset[3]
+    assert caught.value.where == str(path)
+
+
 def test_a_folder_that_is_not_there_names_the_nearest_that_is(folder):
     with pytest.raises(DataError, match="there is no") as caught:
         create("image_folder", "train", {"root": str(folder / "cats" / "small")})
