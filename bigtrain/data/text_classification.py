@@ -55,7 +55,7 @@ class LabelledTexts:
         self._ids, self._types, self._ends = ids, types, ends
         self._begins = np.concatenate((np.zeros(1, np.int64), ends[:-1]))
         self._labels = self.labels = labels
-        self._pad, self._fill_to, self._of_tokenizer = pad, fill_to, fingerprint
+        self.pad, self._fill_to, self._of_tokenizer = pad, fill_to, fingerprint
         self.class_names = class_names
         self.num_classes = len(class_names)
         self.largest_token = int(ids.max())
@@ -72,7 +72,7 @@ class LabelledTexts:
 
     def collate(self, samples: Sequence[tuple[dict[str, Tensor], Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
         """Rows of one length, filled up at their ends; `attention_mask` says what is text."""
-        return together([inputs for inputs, _ in samples], self._pad, self._fill_to), torch.stack(
+        return together([inputs for inputs, _ in samples], self.pad, self._fill_to), torch.stack(
             [label for _, label in samples]
         )
 

@@ -43,6 +43,7 @@ class TextClassification(Classification):
             ignore_index=ignore_index,
         )
         self._vocab: int | None = None  # of the model, known once `check` ran
+        self._pad: int | None = None  # what it takes for a row's filling
         self._names: list[str] = []  # of its outputs
 
     def check(self, model: nn.Module, batch: Batch) -> None:
@@ -62,11 +63,14 @@ class TextClassification(Classification):
                 remedy="use the data text_classification, or a dataset of your own with such samples",
             )
         self._vocab = getattr(getattr(model, "config", None), "vocab_size", None)
+        self._pad = getattr(getattr(model, "config", None), "pad_token_id", None)
         self._names = [str(name) for name in getattr(getattr(model, "config", None), "id2label", {}).values()]
         super().check(model, batch)
 
     def check_data(self, dataset: Dataset) -> None:
         """Refuse data of more classes than the model has outputs, or in another order, and of tokens unknown to it.
+
+        A decoder's head looks at the last token of a text, which it finds by the one that fills rows up.
 
         Raises:
             DataError: Naming what does not fit.
@@ -81,3 +85,11 @@ class TextClassification(Classification):
                 remedy=f"set data.args.labels to [{', '.join(self._names)}]",
             )
         check_tokens(dataset, self._vocab)
+        pad = getattr(getattr(dataset, "base", dataset), "pad", None)
+        if None not in (pad, self._pad) and pad != self._pad:
+            raise DataError(
+                f"the tokenizer fills rows up with token {pad}, and the model takes {self._pad} for that: what it says "
+                "of a text may depend on the texts beside it",
+                where="model.args.config",
+                remedy=f"set model.args.config: {{pad_token_id: {pad}}}",
+            )

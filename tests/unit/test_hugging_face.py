@@ -17,6 +17,7 @@ from bigtrain.cli import app
 from bigtrain.doors.exporting import export
 from bigtrain.errors import BigtrainError, CheckpointError, DataError, ModelError, StateError, UserError
 from bigtrain.evaluating import find_checkpoint, opened
+from bigtrain.trainer import build_data
 from tests.helpers import hugging_face as made
 
 
@@ -244,6 +245,30 @@ def test_classes_in_another_order_than_the_heads(place: Path, runs: dict[str, Pa
     settings["data"]["args"]["labels"] = ["pos", "neg", "mid"]
     with pytest.raises(DataError, match="the model's own head has mid, neg, pos"):
         bigtrain.train(settings)
+
+
+def test_rows_are_filled_up_with_what_the_model_takes_for_it(place: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    made.llama(tmp_path / "llama")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "llama")
+    tokenizer.pad_token = "<|im_start|>"
+    tokenizer.save_pretrained(tmp_path / "llama")  # config.json still says none: transformers takes the end of a text
+    settings = made.run_file(
+        place, tmp_path / "llama", run={"name": "filled", "dir": str(tmp_path)}, task="text_classification"
+    )
+    settings["model"]["args"] = {"num_classes": 3}
+    settings["data"] |= {"name": "text_classification", "args": {"path": str(place / "reviews.csv"), "max_tokens": 60}}
+    settings["finetune"] = {"new": ["score.*"]}
+    with pytest.raises(DataError, match="fills rows up with token 2, and the model takes 1") as caught:
+        bigtrain.train(settings)
+    assert caught.value.remedy == "set model.args.config: {pad_token_id: 2}"
+    settings["model"]["args"]["config"] = {"pad_token_id": 2}
+    with opened(find_checkpoint(bigtrain.train(settings, ["train.steps=1"]).path)) as trained, trained.evaluating():
+        data = build_data(trained.config).train.base
+        texts = [data[index] for index in range(8)]
+        alone = torch.cat([trained.model(data.collate([text])[0]) for text in texts])
+        torch.testing.assert_close(trained.model(data.collate(texts)[0]), alone)
 
 
 def test_a_freeze_plan_leaves_frozen_weights_in_the_folder(place: Path) -> None:
