@@ -8,7 +8,8 @@ from typing import Any
 from bigtrain.convert.found import Found, is_number, read_as, section
 
 _AUTO = "auto is filled in by transformers; give the value itself"
-_OPTIMIZERS = {"adam": "adam", "adamw": "adamw", "sgd": "sgd", "fusedadam": "adamw", "deepspeedcpuadam": "adamw"}
+_ADAM = ("adam", "adamw", "fusedadam", "deepspeedcpuadam")
+_OPTIMIZERS = {**dict.fromkeys(_ADAM, "adamw"), "sgd": "sgd"}
 _SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 _SECTIONS = ("zero_optimization", "optimizer", "scheduler", "bf16", "fp16", "activation_checkpointing")
 _BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -94,11 +95,15 @@ def _zero(zero: Mapping[str, Any], found: Found) -> None:
 def _optimizer(optimizer: Mapping[str, Any], found: Found) -> None:
     if not optimizer:
         return
-    name = _OPTIMIZERS.get(str(optimizer.get("type", "")).lower())
+    kind, params = str(optimizer.get("type", "")).lower(), dict(section(optimizer, "params"))
+    name = _OPTIMIZERS.get(kind)
     if name is None:
         found.leave("optimizer.type", f"there is no {optimizer.get('type')}: optim.name is adamw")
+    if kind in _ADAM:
+        params.pop("torch_adam", None)  # whose kernels are used
+        if not params.pop("adam_w_mode", True) and kind != "adamw":  # DeepSpeed takes an Adam for an AdamW by itself
+            name = "adam"
     found.put("optim.name", name or "adamw")
-    params = dict(section(optimizer, "params"))
     for key, ours in (("lr", "optim.lr"), ("weight_decay", "optim.weight_decay")):
         value = params.pop(key, None)
         if is_number(value):
@@ -138,6 +143,9 @@ def _schedule(scheduler: Mapping[str, Any], found: Found) -> None:
     peak = params.pop("warmup_max_lr", None)
     if is_number(peak):
         found.put("optim.lr", float(peak))
+    least = params.pop("cos_min_ratio", None)
+    if is_number(least):
+        found.put("optim.schedule.min_factor", float(least))
     if warmup and params.pop("warmup_type", "log") == "log":
         found.leave("scheduler.params.warmup_type", "DeepSpeed's default is logarithmic; the warm-up here is linear")
     for key, value in params.items():

@@ -33,16 +33,26 @@ _SAME: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 # Defaults of transformers that are not ours, for a file that holds what was changed only.
 _THEIR_DEFAULTS = {"learning_rate": 5e-5, "weight_decay": 0.0}
+_BETAS = {"adam_beta1": 0.9, "adam_beta2": 0.999}
+_BEST = "checkpoint.keep_best keeps the best one, by the metric that it names"
+_REASONS = {
+    "load_best_model_at_end": _BEST,
+    "metric_for_best_model": _BEST,
+    "greater_is_better": _BEST,
+    "lr_scheduler_kwargs": "give what they say as keys of optim.schedule",
+    "optim_args": "give what they say as optim.args",
+    "fsdp_config": "give what it says as keys of engine.fsdp, and as activation_checkpointing",
+}
 # Keys whose meaning is read elsewhere below, or which change nothing.
 _READ = {
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
     "lr_scheduler_type", "warmup_steps", "warmup_ratio", "max_grad_norm", "bf16", "fp16", "logging_steps",
     "logging_strategy", "eval_strategy", "evaluation_strategy", "eval_steps", "save_strategy", "save_steps",
     "optim", "gradient_checkpointing", "activation_checkpointing", "activation_checkpointing_kwargs",
-    "torch_compile", "report_to", "adam_beta1", "adam_beta2", "deepspeed", "fsdp", "fsdp_config", "use_cpu",
+    "torch_compile", "report_to", "adam_beta1", "adam_beta2", "deepspeed", "fsdp", "use_cpu",
     "label_smoothing_factor", "do_train", "do_eval", "do_predict", "local_rank", "log_level", "log_level_replica",
     "logging_dir", "disable_tqdm", "per_device_eval_batch_size", "eval_batch_size", "train_batch_size",
-    "data_seed", "no_cuda", "overwrite_output_dir", "lr_scheduler_kwargs", "optim_args", "accelerator_config",
+    "data_seed", "no_cuda", "overwrite_output_dir", "accelerator_config",
     "gradient_checkpointing_kwargs", "parallelism_config", "prediction_loss_only", "remove_unused_columns",
     "dataloader_pin_memory", "ddp_timeout", "save_safetensors", "logging_nan_inf_filter",
     "average_tokens_across_devices", "tf32", "include_num_input_tokens_seen", "project",
@@ -69,7 +79,7 @@ def from_training_arguments(values: Mapping[str, Any], found: Found, processes: 
         if key in _READ or key in _SAME or key.startswith(("hub_", "push_to_hub")):
             continue
         if value not in (None, False, "", 0, 0.0, -1, [], {}, "no", "none", "None", "auto", "length"):
-            found.leave(key, "nothing here does that")
+            found.leave(key, _REASONS.get(key, "nothing here does that"))
     if values.get("push_to_hub"):
         found.leave("push_to_hub", "nothing is uploaded")
 
@@ -108,9 +118,9 @@ def _optimizer(values: Mapping[str, Any], found: Found) -> None:
     found.put("optim.name", _OPTIMIZERS.get(name, "adamw"))
     if name not in _OPTIMIZERS:
         found.leave("optim", f"there is no {name}: optim.name is adamw, or give pkg.mod:Class")
-    betas = (values.get("adam_beta1"), values.get("adam_beta2"))
-    if _OPTIMIZERS.get(name, "adamw") == "adamw" and all(map(is_number, betas)):
-        found.put("optim.args.betas", list(betas))
+    if found.get("optim.name") == "adamw":
+        if any(values.get(key) is not None for key in _BETAS):
+            found.put("optim.args.betas", [_number(values, key, default) for key, default in _BETAS.items()])
     elif found.get("optim.args.eps") is not None:
         found.values["optim"]["args"].pop("eps")
     clip = values.get("max_grad_norm", 1.0)
@@ -136,16 +146,18 @@ def _schedule(values: Mapping[str, Any], found: Found) -> None:
 
 
 def _cadence(values: Mapping[str, Any], found: Found) -> None:
-    if is_number(every := values.get("logging_steps")) and every >= 1:
-        found.put("track.log_every", int(every))
+    if (every := _steps(values, found, "logging_steps")) is not None:
+        found.put("track.log_every", every)
     when = str(values.get("eval_strategy") or values.get("evaluation_strategy") or "no").rpartition(".")[2].lower()
     if when == "steps":
-        found.put("eval.every_steps", int(_number(values, "eval_steps") or _number(values, "logging_steps", 500)))
+        key = "eval_steps" if values.get("eval_steps") else "logging_steps"
+        if (every := _steps(values, found, key, 500)) is not None:
+            found.put("eval.every_steps", every)
     elif when == "no":
         found.put("eval.every_epochs", None)
     when = str(values.get("save_strategy") or "steps").rpartition(".")[2].lower()
-    if when == "steps" and is_number(every := values.get("save_steps", 500)) and every >= 1:
-        found.put("checkpoint.every_steps", int(every))
+    if when == "steps" and (every := _steps(values, found, "save_steps", 500)) is not None:
+        found.put("checkpoint.every_steps", every)
     elif when == "epoch":
         found.leave("save_strategy", "set checkpoint.every_steps to the steps of an epoch")
     reports = values.get("report_to") or []
@@ -159,6 +171,16 @@ def _cadence(values: Mapping[str, Any], found: Found) -> None:
     for name in reports:
         if name not in ("wandb", "tensorboard", "all", "none"):
             found.leave("report_to", f"there is no tracker {name}; track.trackers takes one of your own")
+
+
+def _steps(values: Mapping[str, Any], found: Found, key: str, default: float = 0) -> int | None:
+    """A number of steps, which may be said as a share of all of them; None where it says none."""
+    every, total = _number(values, key, default), found.get("train.steps")
+    if every <= 0 or (every < 1 and total is None):
+        if every > 0:
+            found.leave(key, f"it is {every:g} of all steps, whose number the file does not say: give it in steps")
+        return None
+    return int(every) if every >= 1 else math.ceil(every * total)
 
 
 def _engine(values: Mapping[str, Any], found: Found) -> None:
@@ -176,4 +198,17 @@ def _engine(values: Mapping[str, Any], found: Found) -> None:
         found.put("engine.name", "deepspeed")
         found.leave("deepspeed", "convert that file itself, and put both together")
     elif values.get("fsdp"):
-        found.put("engine.name", "fsdp")
+        _fsdp(str(values["fsdp"]).lower(), found)
+
+
+def _fsdp(said: str, found: Found) -> None:
+    """What stands in `fsdp`: words in a text or a list, or, in newer versions, that it is wanted."""
+    found.put("engine.name", "fsdp")
+    if "offload" in said:
+        found.put("engine.fsdp.cpu_offload", True)
+    if "shard_grad_op" in said or "zero2" in said:
+        found.put("engine.fsdp.reshard_after_forward", False)
+    if "hybrid" in said:
+        found.leave("fsdp", "set engine.fsdp.shard_size to the processes of one machine")
+    if "no_shard" in said:
+        found.put("engine.name", "ddp")

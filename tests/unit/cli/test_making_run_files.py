@@ -169,6 +169,24 @@ def test_deepspeed_of_transformers_is_mostly_auto(tmp_path: Path) -> None:
     assert {"train_batch_size", "optimizer.type", "optimizer.params.lr", "scheduler.type", "fp16"} <= found.left.keys()
 
 
+@pytest.mark.parametrize(
+    ("kind", "params", "name"),
+    [
+        ("Adam", {}, "adamw"),
+        ("Adam", {"adam_w_mode": True, "torch_adam": True}, "adamw"),
+        ("Adam", {"adam_w_mode": False}, "adam"),
+        ("AdamW", {"adam_w_mode": False}, "adamw"),
+    ],
+)
+def test_an_adam_of_deepspeed_decays_as_adamw_unless_it_says_otherwise(
+    tmp_path: Path, kind: str, params: dict[str, Any], name: str
+) -> None:
+    """ADAM_W_MODE_DEFAULT in runtime/config.py, and _configure_basic_optimizer in runtime/engine.py, of 0.19.8."""
+    optimizer = {"type": kind, "params": {"weight_decay": 0.1, **params}}
+    found, config = converted(tmp_path, "ds.json", {"train_batch_size": 8, "bf16": {}, "optimizer": optimizer})
+    assert (config.optim.name, config.optim.weight_decay, found.left) == (name, 0.1, {})
+
+
 ACCELERATE = {
     "compute_environment": "LOCAL_MACHINE",
     "distributed_type": "FSDP",
@@ -237,6 +255,33 @@ def test_training_arguments_as_transformers_writes_them() -> None:
     assert "neftune_noise_alpha" in found.left
     # What was left at its default is not listed as lost.
     assert len(found.left) <= 6, found.left
+
+
+def test_nothing_of_training_arguments_is_lost_without_a_word(tmp_path: Path) -> None:
+    values = {
+        "per_device_train_batch_size": 4,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-6,
+        "fsdp": "shard_grad_op auto_wrap offload",
+        "fsdp_config": {"activation_checkpointing": True},
+        "lr_scheduler_type": "cosine",
+        "lr_scheduler_kwargs": {"num_cycles": 0.3},
+        "optim_args": "eps=1",
+        "eval_strategy": "steps",
+        "eval_steps": 0.1,
+        "save_steps": 0.25,
+        "metric_for_best_model": "f1",
+    }
+    found, config = converted(tmp_path, "args.json", {**values, "max_steps": 1001})
+    assert config.optim.args == {"eps": 1e-6, "betas": [0.9, 0.95]}
+    fsdp = config.engine.fsdp
+    assert (config.engine.name, fsdp.cpu_offload, fsdp.reshard_after_forward) == ("fsdp", True, False)
+    assert (config.eval.every_steps, config.checkpoint.every_steps) == (101, 251)
+    others = {"fsdp_config", "lr_scheduler_kwargs", "optim_args", "metric_for_best_model"}
+    assert found.left.keys() == others
+    found, config = converted(tmp_path, "args.json", values)
+    assert found.left.keys() == others | {"eval_steps", "save_steps"}
+    assert config.eval.every_steps is None
 
 
 @pytest.mark.parametrize(
