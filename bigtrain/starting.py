@@ -27,10 +27,12 @@ def word_of_early_stop(path: Path | None, *, goes_on: bool, took_steps: bool = F
         goes_on: Whether the run file lets a run that has begun go on.
         took_steps: Whether it may have taken steps, which are lost.
     """
+    if took_steps and path and (path / runs.RESULT).exists():
+        return f"ended at once; the run is finished: {path}"
     step = runs.newest_step(path) if path else -1
     if step >= 0:
         way = "the same command" if goes_on else "with checkpoint.resume=auto it"
-        stopped = "ended at once, without saving" if took_steps else "stopped before another step"
+        stopped = "ended at once, saving nothing more" if took_steps else "stopped before another step"
         return f"{stopped}; {way} goes on from step {step}"
     has_begun = path is not None and (path / runs.CONFIG).exists()
     way = "the same command begins it" if goes_on or not has_begun else f"delete {path}, and the same command begins it"

@@ -280,6 +280,6 @@ def stop(path: Path, *, now: bool) -> str:
         return f"{path.name} runs elsewhere: {found.where}"
     for _ in range(_ENDING_SIGNALS):
         with suppress(ProcessLookupError):
-            os.kill(start["pid"], signal.SIGTERM)
+            os.kill(start["pid"], signal.SIGINT)  # of others, two within a moment are one
         time.sleep(_LOOK_S)
-    return f"{path.name} was ended, and did not save"
+    return f"{path.name} was ended at once"

@@ -20,6 +20,7 @@ from types import FrameType
 
 from bigtrain import runs
 from bigtrain.beats import AGAIN, WATCH_VARIABLE, read_step, step_file
+from bigtrain.early import Wishes
 from bigtrain.errors import UserError
 from bigtrain.failures import read_errors
 from bigtrain.runs import ATTEMPT_VARIABLE, give_back, read_json, write_atomically
@@ -267,7 +268,7 @@ class _Interrupt:
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self._count = 0
+        self._wishes = Wishes()
         self._deadline: float | None = None
 
     def __enter__(self) -> None:
@@ -285,12 +286,13 @@ class _Interrupt:
         return self._deadline is not None and now > self._deadline
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._count += 1
         if number == signal.SIGHUP:
             leave_terminal()
-        if self._count == 1:
+        if not self._wishes.hear(number, by_hand=True):
+            return
+        if self._wishes.count == 1:
             self.number = number
-        elif self._count == 2:
+        elif self._wishes.count == 2:
             self._deadline = time.monotonic() + SHORT_WAIT_S
         else:
             self._deadline = time.monotonic()

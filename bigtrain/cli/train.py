@@ -65,11 +65,11 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
     except StoppedEarly:
         _tell_early_stop(config, took_steps=False)
         raise
-    except KeyboardInterrupt:  # the second one: the first waits for the end of a step
+    except KeyboardInterrupt as wish:  # the second one: the first waits for the end of a step
         if is_rank:
             leave_at_once()
         _tell_early_stop(config, took_steps=True)
-        leave(_STOPPED)  # a thread that still writes would end it badly
+        leave(getattr(wish, "code", _STOPPED))  # a thread that still writes would end it badly
     except BaseException as error:
         if not is_rank or (config is None and isinstance(error, Exception)):
             raise

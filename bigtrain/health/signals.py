@@ -9,19 +9,16 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from bigtrain.early import steps_begin
+from bigtrain.early import Wishes, steps_begin
 from bigtrain.health.agreement import Agreement
 from bigtrain.runs import ATTEMPT_VARIABLE
 from bigtrain.terminal import leave_terminal
 
-# The same wish often comes twice, from a scheduler and from the launcher.
-_SAME_WISH_S = 2.0
 # How long saving may take after a second wish.
 _SHORT_WAIT_S = 10.0
 
@@ -76,7 +73,7 @@ class _Asked:
             self.leaving.append(signal.SIGHUP)
         self._before = {number: signal.getsignal(number) for number in self.leaving}
         self._is_rank = ATTEMPT_VARIABLE in os.environ
-        self._at: list[float] = []
+        self._wishes = Wishes()
 
     def start_again(self, number: int, frame: FrameType | None) -> None:
         self._agreement.wish_to_stop(again=True)
@@ -85,16 +82,18 @@ class _Asked:
         self._agreement.wish_to_stop()
         if number == signal.SIGHUP:
             leave_terminal()
+        is_new = self._wishes.hear(number, by_hand=not self._is_rank)
         if not self._is_rank:
-            signal.signal(number, self._before[signal.Signals(number)])
-            return
-        now = time.monotonic()
-        if self._at and now - self._at[-1] < _SAME_WISH_S:
-            return
-        self._at.append(now)
-        if len(self._at) == 2:
+            self._make_way(number, is_new)
+        elif is_new and self._wishes.count == 2:
             timer = threading.Timer(_SHORT_WAIT_S, os._exit, (128 + number,))
             timer.daemon = True
             timer.start()
-        elif len(self._at) > 2:
+        elif is_new and self._wishes.count > 2:
             os._exit(128 + number)
+
+    def _make_way(self, number: int, is_new: bool) -> None:
+        """Let a second wish do what it does to a process that nobody looks after."""
+        if is_new and self._wishes.count > 1:
+            signal.signal(number, self._before[signal.Signals(number)])
+            signal.raise_signal(number)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 import bigtrain
 from bigtrain.cli.train import train
@@ -34,12 +35,17 @@ class Interrupted(nn.Linear):
     def forward(self, x):
         self.calls += 1
         if self.calls == 6:
-            raise KeyboardInterrupt
+            if not self.signals:
+                raise KeyboardInterrupt
+            for number in self.signals:
+                os.kill(os.getpid(), number)
         return super().forward(x)
 
 
-def interrupted():
-    return Interrupted(1, 1)
+def interrupted(signals: tuple = ()):
+    model = Interrupted(1, 1)
+    model.signals = signals
+    return model
 
 
 def points(split):
@@ -113,15 +119,44 @@ def test_what_goes_on_is_said_as_the_run_file_lets_it(run_file, resume, way, cap
 @pytest.mark.parametrize(
     ("every", "said"),
     [
-        ("4", "ended at once, without saving; the same command goes on from step 4\n"),
+        ("4", "ended at once, saving nothing more; the same command goes on from step 4\n"),
         ("null", "ended at once: nothing was saved; the same command begins it\n"),
     ],
 )
-def test_a_second_interrupt_says_what_there_is(run_file, every, said, capsys, monkeypatch):
-    monkeypatch.setitem(train.__globals__, "leave", sys.exit)  # this process is to go on
-    changes = ["model=stopped_early:interrupted", "train.steps=9", f"checkpoint.every_steps={every}"]
-    with pytest.raises(SystemExit) as ended:
-        train(run_file, [*changes, "checkpoint.background=false", "eval.every_epochs=null"])
-    assert ended.value.code == 130
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [([], 130), ([signal.SIGTERM] * 2, 143), ([signal.SIGTERM, signal.SIGINT], 130), ([signal.SIGHUP] * 2, 129)],
+)
+def test_a_second_wish_says_what_there_is(run_file, every, said, signals, code, capsys, monkeypatch):
+    monkeypatch.setattr("bigtrain.early._SAME_WISH_S", 0.0)
+    assert _ends(run_file, every, signals, monkeypatch) == code
     assert capsys.readouterr().out.endswith(said)
     assert load_run(run_file.parent / "runs/it").events[-1]["event"] == "stop"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_wish_that_is_told_twice_is_one(run_file, number, capsys, monkeypatch):
+    """As of a terminal that is closed: by its shell, and by the system."""
+    assert _ends(run_file, "4", [number, number], monkeypatch) == 130
+    assert "of 9, as asked" in capsys.readouterr().out
+
+
+def _ends(run_file, every, signals, monkeypatch):
+    """The exit code of a run that gets these signals in its sixth step."""
+    monkeypatch.setitem(train.__globals__, "leave", sys.exit)  # this process is to go on
+    model = f"model={{name: stopped_early:interrupted, args: {{signals: {[int(number) for number in signals]}}}}}"
+    changes = [model, "train.steps=9", f"checkpoint.every_steps={every}"]
+    with pytest.raises((SystemExit, typer.Exit)) as ended:
+        train(run_file, [*changes, "checkpoint.background=false", "eval.every_epochs=null"])
+    return getattr(ended.value, "exit_code", None) or ended.value.code
+
+
+def test_a_wish_after_the_end_says_that_the_run_is_finished(run_file, capsys, monkeypatch):
+    monkeypatch.setitem(train.__globals__, "leave", sys.exit)
+    monkeypatch.setattr("bigtrain.telling.write_report", lambda path: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        train(run_file, ["track.report=true"])
+    assert ended.value.code == 143
+    folder = run_file.parent / "runs/it"
+    assert capsys.readouterr().out.endswith(f"ended at once; the run is finished: {folder}\n")
+    assert (folder / "result.json").exists()

@@ -75,7 +75,7 @@ FLOORS = {
 }
 
 OPEN_TO_LAUNCHERS = (
-    *("bigtrain.beats", "bigtrain.config", "bigtrain.errors", "bigtrain.lease", "bigtrain.named"),
+    *("bigtrain.beats", "bigtrain.config", "bigtrain.early", "bigtrain.errors", "bigtrain.lease", "bigtrain.named"),
     *("bigtrain.failures", "bigtrain.metrics", "bigtrain.runs", "bigtrain.sources", "bigtrain.starting"),
     "bigtrain.terminal",
 )
@@ -96,6 +96,7 @@ TORCH_FREE = (
     *(
         "bigtrain.beats",
         "bigtrain.catalogue",
+        "bigtrain.early",
         "bigtrain.errors",
         "bigtrain.config",
         "bigtrain.convert",
