@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bigtrain.checkpoint.files import DISK, Files
-from bigtrain.checkpoint.folders import candidates, set_aside, those_set_aside
+from bigtrain.checkpoint.folders import named, set_aside, those_set_aside
 from bigtrain.checkpoint.layout import Key
 from bigtrain.checkpoint.ranks import Ranks
 from bigtrain.checkpoint.reading import CheckpointReader
@@ -90,7 +90,19 @@ def _look(ranks: Ranks, folder: Path, files: Files) -> list[Path]:
     """What rank 0 sees."""
 
     def look() -> tuple[list[Path], list[Path]]:
-        return (candidates(folder, files), those_set_aside(folder, files)) if ranks.is_main else ([], [])
+        if not ranks.is_main:
+            return [], []
+        found: list[Path] = []
+        for path in named(folder, files):
+            if files.is_folder(path):
+                found.append(path)
+            elif not found:
+                raise CheckpointError(
+                    f"{path} is a link or a file, which is not followed: the run would go back behind it in silence",
+                    where=str(folder),
+                    remedy="put the folder itself there; or take it away, and the run goes on from what is left",
+                )
+        return found, those_set_aside(folder, files)
 
     found, aside = ranks.broadcast(ranks.agree(look, ReadError))
     if aside and not found:

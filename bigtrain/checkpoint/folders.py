@@ -44,14 +44,24 @@ def step_of(path: Path) -> int | None:
 
 def candidates(folder: Path, files: Files = DISK) -> list[Path]:
     """Every folder that is named like a checkpoint, whatever is in it, the newest first; links are none."""
+    return [path for path in named(folder, files) if files.is_folder(path)]
+
+
+def named(folder: Path, files: Files = DISK) -> list[Path]:
+    """Whatever has the name of a checkpoint, the newest first: a link, too, which is not followed."""
     steps = {path: step for name in files.names(folder) if (step := step_of(path := folder / name)) is not None}
-    return [path for path in sorted(steps, key=lambda path: steps[path], reverse=True) if files.is_folder(path)]
+    return sorted(steps, key=lambda path: steps[path], reverse=True)
 
 
 def find(folder: Path, files: Files = DISK) -> list[Path]:
     """The committed checkpoints, the newest first."""
     folder = Path(folder)
     return [path for path in candidates(folder, files) if files.exists(path / MANIFEST)]
+
+
+def newest(folder: Path, files: Files = DISK) -> Path | None:
+    """The newest checkpoint, whatever is wrong with it: an older one must not be taken for it in silence."""
+    return next(iter(named(Path(folder), files)), None)
 
 
 def set_aside(path: Path, files: Files = DISK) -> Path:

@@ -34,7 +34,7 @@ _SHOWN = 20
 
 def _checkpoint(path: Path, *, best: bool = False) -> Path:
     """The checkpoint that a path leads to: it itself, or the newest of a run, or the best."""
-    from bigtrain.checkpoint import best_of, find
+    from bigtrain.checkpoint import best_of, newest
     from bigtrain.errors import CheckpointError
     from bigtrain.runs import by_name, instead_of, run_at
 
@@ -42,9 +42,9 @@ def _checkpoint(path: Path, *, best: bool = False) -> Path:
     if best:
         return best_of(path)
     for folder in (path / "checkpoints", path):
-        found = find(folder) if folder.is_dir() else []
+        found = newest(folder) if folder.is_dir() else None
         if found:
-            return found[0]
+            return found
     if (path / "checkpoints").is_dir():
         raise CheckpointError(f"the run {path} has no checkpoint yet", where=str(path), remedy="let it save one")
     if not (path / "manifest.json").exists() and not path.name.startswith("step-"):

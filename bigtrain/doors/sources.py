@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bigtrain.checkpoint import CheckpointReader, find
+from bigtrain.checkpoint import CheckpointReader, newest
 from bigtrain.checkpoint.files import DISK, Files
 from bigtrain.checkpoint.manifest import MANIFEST
 from bigtrain.checkpoint.shards import TORCH_DTYPES
@@ -86,9 +86,9 @@ def _open_folder(path: Path, *, as_gpt: bool) -> ForeignReader:
     if (path / MANIFEST).exists():
         return open_whole(path)
     for folder in (path / "checkpoints", path):  # a run, or a folder of checkpoints, as `ckpt import` makes
-        found = find(folder) if folder.is_dir() else []
+        found = newest(folder) if folder.is_dir() else None
         if found:
-            return open_whole(found[0])
+            return open_whole(found)
     if (path / "checkpoints").is_dir():
         raise CheckpointError(f"the run {path} has no checkpoint", remedy="give a run that has saved one")
     if (path / _INDEX).exists() or (path / _SINGLE).exists():

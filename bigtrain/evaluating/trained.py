@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor, nn
 
 from bigtrain import models
-from bigtrain.checkpoint import CheckpointReader, best_of, find, open_checkpoint
+from bigtrain.checkpoint import CheckpointReader, best_of, newest, open_checkpoint
 from bigtrain.config.loader import from_dict
 from bigtrain.config.schema import Config
 from bigtrain.dist import World, choose_device
@@ -84,9 +84,9 @@ def find_checkpoint(place: str | Path, folder: str | Path = "runs", *, best: boo
     if best:
         return best_of(path)
     for candidate in (checkpoints_of(path), path):
-        found = find(candidate) if candidate.is_dir() else []
+        found = newest(candidate) if candidate.is_dir() else None
         if found:
-            return found[0]
+            return found
     if checkpoints_of(path).is_dir():
         raise CheckpointError(f"the run {path} has no checkpoint yet", where=str(path), remedy="let it save one")
     if not path.exists():

@@ -215,12 +215,20 @@ def test_nothing_is_loaded_where_there_is_nothing(tmp_path):
 
 def test_garbage_beside_them_is_left_alone(folder, caplog):
     (folder / "latest").write_text("step-00000009")
-    (folder / "step-00000009").symlink_to(folder / "step-00000001")
+    (folder / "step-00000000").symlink_to(folder / "step-00000001")
     (folder / "step-9").mkdir()
     (folder / "step-00000009.tmp-3").mkdir()
-    (folder / "step-00000011").write_text("")
     assert_loaded(on_ranks(2, lambda ranks: load(folder, ranks)), 2, NEW)
     assert not caplog.records
+
+
+def test_a_link_in_place_of_the_newest_is_not_passed_over_in_silence(folder, tmp_path):
+    """As where somebody has moved it to another disk: the run would be trained anew from an older one."""
+    newest = find(folder)[0].rename(tmp_path / "elsewhere")
+    (folder / "step-00000002").symlink_to(newest)
+    for error in on_ranks(2, lambda ranks: load(folder, ranks)):
+        assert isinstance(error, CheckpointError)
+        assert "step-00000002 is a link or a file, which is not followed" in str(error)
 
 
 # ---- the storage ----------

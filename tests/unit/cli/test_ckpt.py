@@ -21,7 +21,7 @@ from bigtrain import runs
 from bigtrain.checkpoint import find
 from bigtrain.cli import app
 from bigtrain.cli.ckpt import _leaving_nothing
-from bigtrain.errors import CheckpointError, RunFolderError
+from bigtrain.errors import CheckpointError, CorruptError, RunFolderError
 from tests.helpers.resuming import config
 
 ROOT = Path(__file__).parents[3]
@@ -52,6 +52,21 @@ def test_show(run):
     )
     older = find(run / "checkpoints")[1]
     assert json.loads(call("show", older, "--json")[1])["step"] == 10
+
+
+def test_an_older_one_is_not_taken_for_the_newest_whose_manifest_has_gone(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    (find(copy / "checkpoints")[0] / "manifest.json").unlink()
+    code, text = call("verify", copy)
+    assert code == 1
+    assert text.startswith("DAMAGED ")
+    assert text.endswith("step-00000012/manifest.json is damaged: it is not there\n")
+    for take in (
+        lambda: call("export", copy, tmp_path / "out", "--to=hf"),
+        lambda: bigtrain.load_trained(copy).__enter__(),
+    ):
+        with pytest.raises(CorruptError, match="it is not there"):
+            take()
 
 
 def test_a_run_has_a_name(run, monkeypatch):
