@@ -32,6 +32,7 @@ from bigtrain.goals import Goals
 from bigtrain.health.pulse import Pulse
 from bigtrain.health.spikes import watch_spikes
 from bigtrain.loop import Loop, evaluate
+from bigtrain.models.blocks import sees_whole_batch
 from bigtrain.moving import moved
 from bigtrain.named import call
 from bigtrain.optim import OptimizerPlan, Schedule, make_schedule, plan_optimizer
@@ -171,12 +172,12 @@ def assemble(
     task = build_task(config, subject)
     sets = build_data(config, subject)
     show_labels(task, sets)
-    train, evaluation = loaders(config, sets, world)
     is_cut_up = engines.shards(name, config.engine.deepspeed.stage)
     prepared, freezing = _prepare(config, subject, world, phase, shards=is_cut_up)
+    train, evaluation = loaders(config, sets, world, prepared.model)
     if adapt is not None:
         adapt(prepared.model)
-    try_first_batch(task, prepared.model, sets, world, config.run.seed)
+    try_first_batch(task, prepared.model, sets, world, config.run.seed, train.smallest_microbatch(config.train.steps))
     plan = plan_for_phase(prepared.model, config, freezing, phase)
     sizes = [(p.numel(), p.requires_grad) for p in prepared.model.parameters()]
     compiled = compile_parts(config, name, prepared.model, prepared.blocks)
@@ -351,33 +352,31 @@ def class_names_of(sets: data_layer.DataSets) -> list[str] | None:
     return [str(name) for name in getattr(sets.train, "class_names", None) or ()] or None
 
 
-def loaders(config: Config, sets: data_layer.DataSets, world: World) -> tuple[TrainLoader, EvalLoader | None]:
-    """One rank's batches, to train on and to evaluate on."""
+def loaders(
+    config: Config, sets: data_layer.DataSets, world: World, model: nn.Module | None = None
+) -> tuple[TrainLoader, EvalLoader | None]:
+    """One rank's batches, to train on and to evaluate on; of one shape for torch.compile, if the model allows."""
     data = config.data
     shared: dict[str, Any] = {
         "batch_size": data.batch_size,
         "rank": world.rank,
         "world_size": world.size,
         "workers": data.workers,
-        "static_shapes": config.compile.scope != "none",
+        "static_shapes": config.compile.scope != "none" and not (model is not None and sees_whole_batch(model)),
     }
+    mix, seed = data.mix, config.run.seed
     own: dict[str, Any] = {
         "micro_batch_size": config.train.micro_batch_size,
-        "seed": config.run.seed,
-        "mixing": mixing_of(config),
+        "seed": seed,
+        "mixing": data_layer.Mixing(mix.mixup, mix.cutmix, mix.share, seed) if mix else None,
     }
     train = TrainLoader(sets.train, **own, **shared)
     if sets.eval is None:
         return train, None
+    most = config.eval.max_batches and config.eval.max_batches * data.batch_size
     if config.train.micro_batch_size is not None:  # the most that a rank can hold
         shared["batch_size"] = min(data.batch_size, config.train.micro_batch_size * world.size)
-    return train, EvalLoader(sets.eval, max_batches=config.eval.max_batches, **shared)
-
-
-def mixing_of(config: Config) -> data_layer.Mixing | None:
-    """How training samples are mixed with one another."""
-    wanted = config.data.mix
-    return data_layer.Mixing(wanted.mixup, wanted.cutmix, wanted.share, config.run.seed) if wanted else None
+    return train, EvalLoader(sets.eval, max_samples=most, **shared)
 
 
 def _schedule(config: Config, cadence: Cadence, train: TrainLoader) -> Schedule:

@@ -173,7 +173,7 @@ class Eval(Section):
     """Evaluate after this many optimizer steps instead of epochs, and at the end."""
 
     max_batches: PositiveInt | None = None
-    """The most batches that one evaluation runs; null: all of them."""
+    """The most batches, of data.batch_size samples, that one evaluation runs; null: all of them."""
 
     early_stop: EarlyStop | None = None
     """End the run when evaluations get no better, as {metric: loss, patience: 5}; null: at its last step."""

@@ -6,6 +6,7 @@ nor device.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
@@ -109,6 +110,13 @@ class TrainLoader:
         for plan, data in self._fetcher.run(self._planner.steps(start)):
             yield StepBatch(list(map(_batch, plan.microbatches, data)), *plan[1:])
 
+    def smallest_microbatch(self, steps: int | None) -> int:
+        """How many samples the smallest microbatch of this rank has, in so many steps; None: in an epoch."""
+        last = self.steps_per_epoch - 1
+        firsts = {0, last if steps is None or steps > last else 0}
+        plans = [next(self._planner.steps(Position(0, first * self._planner.batch_size))) for first in firsts]
+        return min(len(microbatch.indices) for plan in plans for microbatch in plan.microbatches)
+
     def close(self) -> None:
         """End the workers."""
         self._fetcher.close()
@@ -124,7 +132,7 @@ class EvalLoader:
         world_size: How many ranks there are.
         workers: Processes that read ahead; 0 reads in this one.
         static_shapes: Fill every batch up to its full size with samples of weight 0.
-        max_batches: End after so many; None goes through all samples.
+        max_samples: End after so many; None goes through all.
         collate: Puts a list of samples together, instead of the dataset's own or torch's.
 
     Attributes:
@@ -143,16 +151,14 @@ class EvalLoader:
         world_size: int = 1,
         workers: int = 0,
         static_shapes: bool = False,
-        max_batches: int | None = None,
+        max_samples: int | None = None,
         collate: Collate | None = None,
     ) -> None:
-        num_samples = _length(dataset)
-        all_batches = -(-num_samples // batch_size)
-        self._num_batches = all_batches if max_batches is None else min(max_batches, all_batches)
-        self.num_samples = min(num_samples, self._num_batches * batch_size)
+        self.num_samples = min(_length(dataset), max_samples or sys.maxsize)
+        self._num_batches = -(-self.num_samples // batch_size)
         share = -(-batch_size // world_size)
         base, order = _resolve(dataset, sequential)
-        self._planner = Planner(num_samples, batch_size, share, rank, world_size, static_shapes, order)
+        self._planner = Planner(self.num_samples, batch_size, share, rank, world_size, static_shapes, order)
         self._fetcher = _fetcher(Reader(base, 0, collate), workers)
 
     def __len__(self) -> int:

@@ -109,7 +109,7 @@ def _check_classes(known: list[str] | None, names: list[str] | None) -> None:
 
 
 def _first(samples: Dataset) -> Batch:
-    return next(iter(EvalLoader(samples, batch_size=_TRIED_SAMPLES, max_batches=1)))
+    return next(iter(EvalLoader(samples, batch_size=_TRIED_SAMPLES, max_samples=_TRIED_SAMPLES)))
 
 
 def _batches(parts: list[EvalLoader], trained: Trained) -> Iterator[Batch]:

@@ -114,6 +114,11 @@ def norm_and_bias(model: nn.Module) -> set[str]:
     }
 
 
+def sees_whole_batch(model: nn.Module) -> bool:
+    """Whether a BatchNorm, synchronised or not, normalises by the batch: what only fills it up would count, too."""
+    return any(isinstance(m, _BatchNorm) and (m.training or not m.track_running_stats) for m in model.modules())
+
+
 def batchnorm_over_batch(model: nn.Module) -> list[str]:
     """Names of the BatchNorm modules that, as they stand, normalise by this process's own batch.
 

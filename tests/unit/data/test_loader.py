@@ -175,11 +175,11 @@ def test_evaluation_sees_every_sample_once_in_order(world):
     assert counted == list(range(10))
 
 
-def test_evaluation_ends_after_max_batches():
-    loader = EvalLoader(Squares(), batch_size=4, max_batches=2)
-    assert (len(loader), loader.num_samples) == (2, 8)
-    assert [batch.indices for batch in loader] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert len(EvalLoader(Squares(), batch_size=4, max_batches=9)) == 3
+def test_evaluation_ends_after_so_many_samples():
+    loader = EvalLoader(Squares(), batch_size=4, max_samples=7)
+    assert (len(loader), loader.num_samples) == (2, 7)
+    assert [batch.indices for batch in loader] == [[0, 1, 2, 3], [4, 5, 6]]
+    assert len(EvalLoader(Squares(), batch_size=4, max_samples=36)) == 3
 
 
 def test_evaluation_can_be_repeated_by_the_same_workers():

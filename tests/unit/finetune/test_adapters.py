@@ -255,7 +255,7 @@ def sample(name: str, **args: Any) -> Any:
     """What a model takes, of the first samples of the run's own data."""
     said = {key: str(value) if isinstance(value, Path) else value for key, value in args.items()}
     dataset: Any = data.create(name, "train", said)
-    batch = next(iter(EvalLoader(dataset, batch_size=3, max_batches=1))).data
+    batch = next(iter(EvalLoader(dataset, batch_size=3))).data
     return batch["tokens"][:, :-1] if isinstance(batch, dict) else batch[0]
 
 
