@@ -44,9 +44,11 @@ class _Shown:
     def __init__(self, metric: Any) -> None:
         self._metric = metric
         metric.reset()  # a task may hold one, and give it again and again
+        self._saw_none = torch.ones(1)
 
     def to(self, device: torch.device) -> None:
         self._metric.to(device)
+        self._saw_none = self._saw_none.to(device)
 
     def update(self, result: LossSum, batch: Batch) -> None:
         if result.preds is None or result.target is None:
@@ -55,9 +57,18 @@ class _Shown:
                 where="task",
                 remedy="return LossSum(total, count, preds=…, target=…)",
             )
-        self._metric.update(valid_part(result.preds, batch), valid_part(result.target, batch))
+        if batch.num_valid:  # some of them cannot take none
+            self._saw_none.zero_()
+            self._metric.update(valid_part(result.preds, batch), valid_part(result.target, batch))
 
     def compute(self) -> dict[str, Any]:
+        if sum_over_ranks(self._saw_none).item():
+            raise UserError(
+                "there are fewer samples to evaluate on than processes, and torchmetrics' "
+                f"{type(self._metric).__name__} wants some in each",
+                where="data.eval",
+                remedy="evaluate on more, or measure by an accumulator of your own (docs/extending.md)",
+            )
         measured = self._metric.compute()
         if isinstance(measured, Mapping):
             return dict(measured)

@@ -7,11 +7,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torchmetrics import AUROC
 
 from bigtrain import tasks
+from bigtrain.data import EvalLoader
 from bigtrain.dist import World
+from bigtrain.errors import UserError
 from bigtrain.protocols import Batch, LossSum
-from bigtrain.tasks.measured import Doubts, sum_over_ranks
+from bigtrain.tasks.classification import Classification
+from bigtrain.tasks.measured import Doubts, metrics_of, sum_over_ranks
 from tests.helpers.distributed import run_distributed
 
 SAMPLES, RANKS, MICRO, CLASSES = 1012, 8, 32, 13
@@ -126,3 +130,33 @@ def test_metrics_that_ranks_do_not_share_are_doubted_once():
         (text,) = told
         assert text.startswith("the metric iou is 0.5 on rank 0 and 0.6 on rank 1")
         assert (again, shared, total) == ([], [], 1.0)
+
+
+class OfTorchmetrics(Classification):
+    """Measured by a metric that keeps what it was given, and cannot take nothing."""
+
+    def metrics(self) -> Any:
+        return AUROC("multiclass", num_classes=2)
+
+
+def auroc(samples: int, ranks: int) -> Any:
+    """Of samples that are cut into batches of four; in several processes one of them has none of the last."""
+    generator = torch.Generator().manual_seed(1)
+    inputs, labels = torch.randn(samples, 2, generator=generator), torch.arange(samples) % 2
+    task = OfTorchmetrics()
+    metrics = metrics_of(task)
+    dataset = [*zip(inputs, labels, strict=True)]
+    for batch in EvalLoader(dataset, batch_size=4, rank=dist.get_rank() if ranks > 1 else 0, world_size=ranks):  # type: ignore[arg-type]
+        metrics.update(task.loss(nn.Identity(), batch), batch)
+    try:
+        return metrics.compute()["multiclass_auroc"].item()
+    except UserError as error:
+        return error.problem
+
+
+def test_a_metric_of_torchmetrics_where_a_rank_has_none_of_the_samples():
+    alone = auroc(9, 1)
+    assert 0 < alone < 1
+    assert run_distributed(auroc, 2, 9, 2) == pytest.approx([alone] * 2)
+    refused = run_distributed(auroc, 2, 1, 2)
+    assert all("fewer samples to evaluate on than processes" in said for said in refused)
