@@ -61,6 +61,12 @@ def prepared(config: Config, run_file: Path, *, debug: bool) -> Prepared:
     nproc = wanted if isinstance(wanted, int) else profile.gpus_per_node or 1
     plan = make_plan(config, run_file, [], nproc=nproc, debug=debug, threads=profile.cpus_per_task)
     path = Path(config.run.dir, config.run.name).absolute()
+    if "%" in str(path):
+        raise SetupError(
+            f"{path} has a %, with which SLURM's own words in names of files begin",
+            where="run.name" if "%" in config.run.name else "run.dir",
+            remedy="give a name without it",
+        )
     runs.check_free(config.run.dir, config.run.name, allowed_for(config))
     before = Prepared(config, plan, profile, path, Snapshot())
     return Prepared(config, plan, profile, path, snapshot(before.folder, copy=False))

@@ -79,13 +79,18 @@ def standing(path: Path) -> Standing:
         return Standing(RUNNING, where or holder or "", start.get("time", 0.0), step, loss)
     if (path / "result.json").exists():
         return Standing(FINISHED, where, (path / "result.json").stat().st_mtime, step, loss)
-    if all_of_them[len(started) :] and (all_of_them[-1] / "logs").is_dir():  # `bigtrain train`, without a launcher
+    if all_of_them[len(started) :] and has_no_launcher(all_of_them[-1]):
         return _of_one_process(path, step, loss)
     if end:
         return Standing(end["outcome"], where, end["time"], step, loss, end.get("cause"), end["code"])
     if not started:
         return Standing(NOT_BEGUN, where, path.stat().st_mtime, step, loss, code=1)
     return Standing(BROKEN_OFF, where, start.get("time", 0.0), step, loss, "its launcher was killed", 1)
+
+
+def has_no_launcher(attempt: Path) -> bool:
+    """Whether a start of which nobody noted how it began is one of `bigtrain train`, and not a job that never began."""
+    return (attempt / "logs").is_dir() and not (attempt / "submit").is_dir()
 
 
 def _place(start: dict[str, Any]) -> str:

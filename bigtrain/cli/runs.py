@@ -78,7 +78,7 @@ def _rank(metric: str, value: float | None) -> tuple[bool, float]:
 def show(name: Name, folder: Folder = Path("runs")) -> None:
     """Show how a run stands, and how each of its starts went."""
     from bigtrain.runs import attempts, read_json
-    from launchers.follow import standing
+    from launchers.follow import has_no_launcher, standing
 
     path = _find(name, folder)
     found = standing(path)
@@ -97,10 +97,13 @@ def show(name: Name, folder: Folder = Path("runs")) -> None:
             began, ended = _time(start["time"]), _time(end["time"]) if end else ""
             how = end.get("outcome", "running" if not found.is_over else "broken off")
             rows.append((attempt.name, began, ended, str(max(step, 0)), how, end.get("cause") or ""))
-        elif (attempt / "logs").is_dir():
+        elif has_no_launcher(attempt):
             rows.append(
                 (attempt.name, _time(attempt.stat().st_ctime), "", "", "in one process, without a launcher", "")
             )
+        else:
+            is_waiting = not found.is_over and attempt == attempts(path)[-1]
+            rows.append((attempt.name, "", "", "", found.state if is_waiting else "not begun", ""))
     _table(rows)
 
 

@@ -16,6 +16,7 @@ import yaml
 from bigtrain.config.loader import from_dict
 from bigtrain.config.schema import Config
 from bigtrain.errors import ConfigError, SetupError
+from launchers.allocate import prepared
 from launchers.plan import LaunchPlan
 from launchers.profiles import Profile, load_profile
 from launchers.slurm import Submission
@@ -130,6 +131,13 @@ def test_a_profile_with_something_wrong(tmp_path: Path, text: str, said: list[st
         load_profile(config(profile=str(tmp_path / "it.yaml")))
     told = str(caught.value)
     assert all(word in told for word in said), told
+
+
+def test_a_path_that_the_scheduler_would_read_otherwise_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "it.yaml").write_text("time: 1\n")
+    named = from_dict(config(profile=str(tmp_path / "it.yaml")).model_dump(), ["run.name=10%jitter"]).config
+    with pytest.raises(SetupError, match="has a %, with which SLURM's own words in names of files begin"):
+        prepared(named, tmp_path / "it.yaml", debug=False)
 
 
 def test_a_profile_that_is_not_there() -> None:

@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanAbsoluteError, MetricCollection, R2Score
+from typer.testing import CliRunner
 
 import bigtrain
+from bigtrain.cli import app
 from bigtrain.errors import (
     BigtrainError,
     ConfigError,
@@ -350,6 +352,15 @@ def test_numbers_of_any_library_are_numbers(config):
     assert {name: last[f"eval/{name}"] for name in wanted} == wanted
     metrics = json.loads((run.path / "result.json").read_text())["metrics"]
     assert metrics == {"loss": run.evaluation["loss"], **wanted, "table": [[1.0, 0.0], [0.0, 1.0]]}
+
+
+def test_a_job_that_never_began_is_not_one_that_broke_off(tmp_path):
+    """It was cancelled while it waited: its folder is what was made when it was submitted."""
+    (tmp_path / "it/attempts/0/submit").mkdir(parents=True)
+    (tmp_path / "it/attempts/0/logs").mkdir()
+    assert standing(tmp_path / "it").state == "not begun"
+    shown = CliRunner().invoke(app, ["runs", "show", "it", f"--dir={tmp_path}"]).output
+    assert shown.splitlines()[-1].split() == ["0", "not", "begun"]
 
 
 def test_how_a_start_without_a_launcher_stands_and_what_it_said(config):
