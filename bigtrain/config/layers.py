@@ -34,7 +34,7 @@ def read_overrides(overrides: Sequence[str], problems: Problems) -> Node:
 
 
 def _read_override(override: str, problems: Problems) -> Node | None:
-    name, equals, text = override.partition("=")
+    name, equals, text = override.partition("=") if isinstance(override, str) else ("", "", "")
     path = name.strip().split(".")
     if not equals or not all(path) or len(path) > MAX_DEPTH:
         said, remedy = f"{override!r} is not an override", "write key.path=VALUE, as in optim.lr=3e-4"

@@ -184,6 +184,8 @@ def _in_groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
 
 def _label_of(row: Row, column: str) -> str:
     value = row.values[column]
+    if isinstance(value, str) and value.strip() and value != value.strip():  # it would be a class beside the other
+        raise bad_row(row.place, f"the label {value!r} has spaces at its ends", "take them out")
     if isinstance(value, (int, bool)) or (isinstance(value, str) and value.strip()):
         return str(value)
     said = "is empty" if value in ("", None) or isinstance(value, str) else f"is {value!r}, neither a word nor a number"

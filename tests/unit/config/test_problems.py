@@ -278,7 +278,9 @@ def test_what_is_no_mapping_at_all_is_refused(values):
     assert "a run file is a mapping of keys" in problem_of(values).text
 
 
-@pytest.mark.parametrize("override", ["x", "=3", "a..b=3", ".a=3", "optim.lr", ".".join("a" * 100) + "=1"])
+@pytest.mark.parametrize(
+    "override", [{"optim.lr": 3}, "x", "=3", "a..b=3", ".a=3", "optim.lr", ".".join("a" * 100) + "=1"]
+)
 def test_what_is_no_override_is_said_to_be_none(override):
     assert problem_of(SMALLEST, [override]).text == f"{override!r} is not an override"
 

@@ -111,6 +111,7 @@ HEAD = b"text,label\nthe film,pos\n"
         (HEAD + b'"bad"x,neg\nbad,neg\n', 3, "the row that begins here cannot be read"),
         (HEAD + b"b\xffd,neg\n", 3, "not UTF-8"),
         (HEAD + b'"two\nlines",neg\nbad\n', 5, "the row has 1 fields"),
+        (HEAD + b"bad,neg\nbad,neg \n", 4, "the label 'neg ' has spaces at its ends"),
         (HEAD + b"bad,nge\nbad,neg\n", 3, "the label 'nge' is none of the 2"),
     ],
 )
