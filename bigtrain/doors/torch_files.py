@@ -2,7 +2,8 @@
 
     {"model": {name: tensor}, "optimizer": {name: {slot: tensor}}, "hyper": {name: {…}}, "step": 10, "bigtrain": "…"}
 
-is what we write; a plain dictionary of tensors, and those below `model`, `state_dict` or `module`, are read as well.
+is what we write; a plain dictionary of tensors, and those below `model`, `state_dict`, `model_state_dict` or `module`,
+are read as well.
 Loading is `weights_only` unless the user allows a pickle.
 """
 
@@ -24,7 +25,7 @@ from bigtrain.state import BUFFER, WEIGHT, Box, Reader, TensorSpec, whole
 
 Key = tuple[str, str]
 
-_BELOW = ("model", "state_dict", "module")
+_BELOW = ("model", "state_dict", "model_state_dict", "module")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # errors of torch have them
 _FOUND = re.compile(r"Unsupported (?:global|class|operand).*?(?:GLOBAL )?([\w.]+\.\w+)")
 
@@ -55,7 +56,12 @@ class TorchReader:
             if isinstance(tensor, Tensor) and isinstance(name, str)
         }
         if not self._tensors:
-            raise CheckpointError(f"{path} holds no tensors by name", remedy="save a state_dict()")
+            held = ", ".join(repr(key) for key in content if isinstance(content[key], Mapping))
+            raise CheckpointError(
+                f"{path} holds no tensors by name" + (f", but dictionaries below {held}" if held else ""),
+                where=str(path),
+                remedy="save a state_dict(), alone or below one of " + ", ".join(_BELOW),
+            )
         slots = content.get("optimizer") if inner is not content else None
         for name, kept in slots.items() if isinstance(slots, Mapping) else ():
             if isinstance(kept, Mapping) and isinstance(name, str):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -410,6 +411,19 @@ def test_a_file_of_somebody_else_that_has_our_words_is_brought_in(tmp_path, odd)
     assert find(tmp_path / "in") == [made]
     with open_checkpoint(made) as reader:
         assert list(reader.index) == [("weight", "a")]
+
+
+@pytest.mark.parametrize("below", ["model", "state_dict", "model_state_dict", "module"])
+def test_weights_below_a_word_that_many_use_are_found(tmp_path, below):
+    torch.save({"epoch": 3, "optimizer_state_dict": {"state": {}}, below: {"a": torch.ones(2)}}, tmp_path / "w.pt")
+    with closing(open_weights(tmp_path / "w.pt")) as reader:
+        assert list(reader.index) == [("weight", "a")]
+
+
+def test_weights_below_a_word_of_somebodys_own_are_said(tmp_path):
+    torch.save({"epoch": 3, "net": {"a": torch.ones(2)}}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="dictionaries below 'net'"):
+        open_weights(tmp_path / "w.pt")
 
 
 def test_a_dtype_that_no_checkpoint_holds_is_refused(tmp_path):
