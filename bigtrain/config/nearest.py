@@ -7,6 +7,41 @@ from collections.abc import Collection, Iterable, Sequence
 from bigtrain.config.keys import Key, all_keys
 from bigtrain.errors import ConfigError, Problem
 
+# What keys are called in Lightning, Accelerate, DeepSpeed, transformers and peft, where neither letters nor help lead
+# from their name to ours.
+_CALLED_ELSEWHERE = {
+    "train.epochs": ("max_epochs", "num_epochs", "num_train_epochs"),
+    "train.steps": ("max_steps", "num_train_steps", "max_train_steps", "total_steps"),
+    "train.micro_batch_size": (
+        *("gradient_accumulation_steps", "accumulate_grad_batches", "gradient_accumulation", "grad_accum"),
+        *("per_device_train_batch_size", "train_micro_batch_size_per_gpu", "per_device_batch_size"),
+    ),
+    "data.batch_size": ("train_batch_size", "global_batch_size", "effective_batch_size"),
+    "data.workers": ("num_workers", "dataloader_num_workers"),
+    "optim.clip_grad_norm": ("gradient_clip_val", "gradient_clipping", "grad_clip"),
+    "optim.schedule.name": ("lr_scheduler", "lr_scheduler_type", "scheduler"),
+    "optim.schedule.warmup_steps": ("warmup_ratio", "num_warmup_steps", "warmup_epochs"),
+    "run.dir": ("output_dir", "default_root_dir", "logging_dir"),
+    "run.name": ("run_name", "experiment_name"),
+    "engine.device": ("accelerator", "use_cpu", "no_cuda"),
+    "engine.name": ("strategy", "distributed_type", "backend"),
+    "precision": ("fp16", "mixed_precision", "amp", "dtype", "torch_dtype"),
+    "launch.nproc": ("num_processes", "nproc_per_node", "num_gpus"),
+    "launch.nodes": ("num_nodes", "num_machines", "nnodes"),
+    "track.log_every": ("logging_steps", "log_every_n_steps", "log_interval"),
+    "eval.every_steps": ("eval_steps", "val_check_interval", "eval_interval"),
+    "eval.every_epochs": ("check_val_every_n_epoch",),
+    "eval.max_batches": ("limit_val_batches",),
+    "checkpoint.keep": ("save_total_limit", "save_top_k"),
+    "checkpoint.keep_best": ("load_best_model_at_end", "metric_for_best_model"),
+    "checkpoint.resume": ("resume_from_checkpoint", "ckpt_path"),
+    "activation_checkpointing": ("gradient_checkpointing",),
+    "finetune.adapter.rank": ("lora_r", "lora_rank"),
+    "finetune.adapter.alpha": ("lora_alpha",),
+    "finetune.adapter.targets": ("target_modules", "lora_target"),
+}
+OURS = {theirs: ours for ours, words in _CALLED_ELSEWHERE.items() for theirs in words}
+
 
 def distance(a: str, b: str, limit: int) -> int | None:
     """How many letters to take out, put in, change or swap with a neighbour to turn a into b, up to a limit.
@@ -63,6 +98,8 @@ def nearest_keys(
         given: The names that the section already has, which are less probable.
         count: How many at most.
     """
+    if wrong in OURS:
+        return [key for key in everywhere if key.path == OURS[wrong]]
     ranked = _ranked(wrong, here, given)
     if not ranked and wrong not in {key.name for key in everywhere}:
         # `epoch` for at_epoch, `r` for rank: said of this section rather than of a far one.

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from bigtrain.config.keys import all_keys
 from bigtrain.config.loader import from_dict, load
-from bigtrain.config.nearest import distance, nearest_keys, nearest_words
+from bigtrain.config.nearest import OURS, distance, nearest_keys, nearest_words
 from bigtrain.errors import ConfigError
 
 SMALLEST = {"task": "classification", "model": "bigmodel", "data": {"name": "digits"}, "train": {"epochs": 5}}
@@ -77,12 +77,23 @@ def test_every_typo_of_every_key_is_refused_and_understood():
         ("learning_rate", "optim.lr"),
         ("Seed", "run.seed"),
         ("weight-decay", "optim.weight_decay"),
+        ("gradient_accumulation_steps", "train.micro_batch_size"),
+        ("accumulate_grad_batches", "train.micro_batch_size"),
+        ("gradient_clip_val", "optim.clip_grad_norm"),
+        ("max_epochs", "train.epochs"),
+        ("gradient_checkpointing", "activation_checkpointing"),
     ],
 )
 def test_a_key_in_the_wrong_place_or_by_another_name_is_found(given, meant):
     problem = problem_of({**SMALLEST, given: 1})
     assert meant in problem.suggestions
     assert any(line.strip().startswith(meant) for line in problem.remedy.splitlines())
+
+
+def test_what_others_call_a_key_is_no_key_of_ours_and_leads_to_one():
+    paths = {key.path for key in all_keys()}
+    assert set(OURS.values()) <= paths
+    assert not OURS.keys() & {key.name for key in all_keys()}
 
 
 def test_an_unknown_key_comes_with_default_and_help():
