@@ -99,14 +99,19 @@ def test_the_best_checkpoint_stays_outside_of_keep(tmp_path, background):
     assert "the best: score 0.605" in (run.path / "report.html").read_text()
 
 
-def test_a_best_checkpoint_that_is_gone_or_damaged_is_not_the_best(tmp_path):
+def test_where_the_best_checkpoint_is_gone_or_damaged_no_other_is_taken_for_it(tmp_path):
     values = config(tmp_path, SCORES)
     values["checkpoint"] |= {"every_steps": None, "keep": None, "keep_best": "score"}
     run = bigtrain.train(values)
     folder = run.path / "checkpoints"
     assert checkpoints(run.path) == [1, 2, 4, 12]
     (folder / "step-00000004" / "state.json").write_bytes(b"{}")
-    assert best_of(run.path) == folder / "step-00000002"
+    assert best_of(run.path) == folder / "step-00000004"  # who opens it is told
+    assert find_best(folder) == folder / "step-00000004"  # and it stays: it may be the disk that cannot be read now
+    (folder / "step-00000004").rename(folder / "step-00000004.bad")
+    with pytest.raises(CheckpointError, match="was that of step 4, which is not there"):
+        best_of(run.path)
+    assert find_best(folder) is None
     values = config(tmp_path / "other", SCORES)
     without = bigtrain.train(values)
     with pytest.raises(CheckpointError, match="known to be the best"):
