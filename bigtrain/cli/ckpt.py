@@ -234,6 +234,7 @@ def export_(
     """Write a checkpoint as a Hugging Face folder, a safetensors or .pt file, a DCP, DeepSpeed or peft folder."""
     from bigtrain.doors import open_whole
     from bigtrain.doors.exporting import export
+    from bigtrain.state import EMA
 
     target = _checkpoint(path, best=best)
     with (
@@ -242,7 +243,10 @@ def export_(
         _progress("exporting", _size(target)) as advance,
     ):
         export(reader, out, to, advance, averaged=ema, base=base)
+        leaves_averages = not ema and any(kind == EMA for kind, _ in reader.index)
     typer.echo(f"{out}: step {reader.step} of {target}, as {to}" + (", averages of weights" if ema else ""))
+    if leaves_averages:
+        typer.echo("it has the weights themselves; their averages (optim.ema) are written with --ema", err=True)
 
 
 @app.command("import")

@@ -97,6 +97,7 @@ def test_export_writes_averages_if_asked(digits, tmp_path):
         out = tmp_path / f"{kind}.safetensors"
         done = CliRunner().invoke(app, ["ckpt", "export", str(digits), str(out), "--to", "safetensors", *words])
         assert done.exit_code == 0, done.output
+        assert ("are written with --ema" in done.stderr) == (kind == "weight")
         tensors, expected = load_file(out), read(digits, kind)
         assert tensors.keys() == {*read(digits, "weight"), *read(digits, "buffer")}
         assert all(torch.equal(tensors[name], expected[name]) for name in expected)
