@@ -275,6 +275,15 @@ def test_one_class():
     assert scores["confusion_matrix"] == 9
 
 
+def test_many_classes_cost_no_matrix_of_them():
+    """Of 300,000 × 300,000 counts it would take 720 GB."""
+    classes = 300_000
+    predicted, labels = torch.tensor([7, 7, 299_999]), torch.tensor([7, 8, 299_999])
+    scores = evaluate(Classification(), F.one_hot(predicted, classes).float(), labels)
+    assert (scores["accuracy"], scores["precision"], scores["recall"]) == (2 / 3, (1 / 2 + 1) / 3, 2 / 3)
+    assert "confusion_matrix" not in scores
+
+
 @pytest.mark.parametrize("only_warns", [False, True])
 def test_deterministic_algorithms_cost_no_more(only_warns):
     # Compared cell by cell, 20,000 samples and 1,500 classes would take 360 GB.
