@@ -36,7 +36,7 @@ def _checkpoint(path: Path, *, best: bool = False) -> Path:
     """The checkpoint that a path leads to: it itself, or the newest of a run, or the best."""
     from bigtrain.checkpoint import best_of, newest
     from bigtrain.errors import CheckpointError
-    from bigtrain.runs import by_name, instead_of, run_at
+    from bigtrain.runs import by_name, instead_of, is_run, run_at
 
     path = by_name(path)
     if best:
@@ -45,7 +45,7 @@ def _checkpoint(path: Path, *, best: bool = False) -> Path:
         found = newest(folder) if folder.is_dir() else None
         if found:
             return found
-    if (path / "checkpoints").is_dir():
+    if (path / "checkpoints").is_dir() or is_run(path):
         raise CheckpointError(f"the run {path} has no checkpoint yet", where=str(path), remedy="let it save one")
     if not (path / "manifest.json").exists() and not path.name.startswith("step-"):
         held = "holds none" if path.is_dir() else "is no folder"

@@ -31,7 +31,7 @@ from bigtrain.prepare import COMPUTE_DTYPES, DTYPES, seed_everything
 from bigtrain.protocols import Batch, Task
 from bigtrain.resuming import weights_of
 from bigtrain.running import lack_of_memory_explained, torch_set_up
-from bigtrain.runs import by_name, checkpoints_of, instead_of, run_at
+from bigtrain.runs import by_name, checkpoints_of, instead_of, is_run, run_at
 from bigtrain.state import BUFFER, EMA, WEIGHT, TensorSpec, whole
 from bigtrain.trainer import build_task
 
@@ -87,9 +87,9 @@ def find_checkpoint(place: str | Path, folder: str | Path = "runs", *, best: boo
         found = newest(candidate) if candidate.is_dir() else None
         if found:
             return found
-    if checkpoints_of(path).is_dir():
+    if checkpoints_of(path).is_dir() or is_run(path):
         raise CheckpointError(f"the run {path} has no checkpoint yet", where=str(path), remedy="let it save one")
-    if not path.exists():
+    if not path.exists() or not ((path / "manifest.json").exists() or path.name.startswith("step-")):
         named = run_at(place, folder)
         raise CheckpointError(
             f"there is no run or checkpoint {place}",

@@ -104,7 +104,7 @@ class _CountedByClass(MulticlassStatScores):
         counted = target != self.ignore_index
         preds, target = preds[counted], target[counted]
         right, taken, there = (
-            torch.bincount(each, minlength=self.num_classes) for each in (target[preds == target], preds, target)
+            torch.bincount(each, minlength=self.num_classes or 0) for each in (target[preds == target], preds, target)
         )
         self._update_state(right, taken - right, len(target) - taken - there + right, there - right)
 

@@ -92,6 +92,15 @@ def test_a_run_that_there_is_not(digits: Path) -> None:
     assert caught.value.remedy == "did you mean digits?"
 
 
+def test_a_run_that_has_saved_nothing_yet(tmp_path: Path) -> None:
+    (tmp_path / "early" / "attempts").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+        find_checkpoint("early", tmp_path)
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(CheckpointError, match="there is no run or checkpoint"):
+        find_checkpoint(tmp_path / "pictures")
+
+
 def test_perplexity(gpt: Path) -> None:
     said = json.loads(command("eval", str(gpt), "--json", "--data", "eval={split: 0.5}"))
     assert said["metrics"]["perplexity"] == pytest.approx(np.exp(said["metrics"]["loss"]))

@@ -149,6 +149,9 @@ def test_what_is_not_there(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="has no checkpoint yet"):
         call("verify", tmp_path / "run")
+    (tmp_path / "early" / "attempts").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+        call("show", tmp_path / "early")
     assert runs.attempts(tmp_path / "run") == []
 
 
