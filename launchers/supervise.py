@@ -21,7 +21,7 @@ from types import FrameType
 from bigtrain import runs
 from bigtrain.beats import AGAIN, WATCH_VARIABLE, read_step, step_file
 from bigtrain.early import Wishes
-from bigtrain.errors import UserError
+from bigtrain.errors import TrainingError, UserError
 from bigtrain.failures import read_errors
 from bigtrain.runs import ATTEMPT_VARIABLE, give_back, read_json, write_atomically
 from bigtrain.starting import word_of_early_stop
@@ -113,6 +113,8 @@ class Supervisor:
                     end, cause = self._attempt(attempt)
                 finally:
                     give_back(attempt)
+                if not attempt.is_dir():
+                    return _say_that_it_is_gone(attempt)
                 if not self._goes_on(end, cause, attempt):
                     return end.code
                 if end.outcome == AGAIN_LATER and not self._again:
@@ -258,6 +260,18 @@ class Supervisor:
         print_line(f"straggler: {text}")
         with suppress(OSError), (attempt / "stragglers.txt").open("a") as file:
             file.write(text + "\n")
+
+
+def _say_that_it_is_gone(attempt: Path) -> int:
+    """Say that a run lost its folder while it trained, whatever its ranks said: it is not begun anew by itself."""
+    path = attempt.parent.parent
+    for place in (runs.checkpoints_of(path), path):
+        with suppress(OSError):  # a save may have made them again, in the way of who puts them back
+            place.rmdir()
+    remedy = "put it back, or see that its disk is there; the same command then goes on"
+    error = TrainingError(f"the run's folder {path} has gone while it trained", remedy=remedy)
+    print_line(f"\nerror: {error}", 2)
+    return error.exit_code
 
 
 class _Interrupt:

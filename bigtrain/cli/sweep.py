@@ -15,9 +15,12 @@ from bigtrain.cli.config import RunFile
 from bigtrain.cli.train import NumProcesses
 
 if TYPE_CHECKING:
+    from bigtrain.config.schema import Config
     from bigtrain.tracking.reading import RunRecord
 
 _LONGEST_NAME = 100
+# What may be otherwise in a run that is finished: its numbers are the same.
+_SAME_NUMBERS = ("run.name", "run.dir", "launch", "track", "checkpoint", "profile", "engine", "health", "data.workers")
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,8 @@ def sweep(
     options = {"target": target, "nproc": nproc, "nodes": nodes, "profile": profile}
     given = [f"launch.{name}={value}" for name, value in options.items() if value is not None]
     keys, points = make_points(run_file, grid, given)
-    for point in points:
-        check(run_file, point.changes, launched=True)  # what is wrong with any of them is said before the first begins
+    for point in points:  # what is wrong with any of them is said before the first begins
+        is_done(check(run_file, point.changes, launched=True).config)
     config = load(run_file, points[0].changes).config
     typer.echo(f"{len(points)} runs over {', '.join(keys) or 'nothing'}")
     if config.launch.target == "slurm":
@@ -101,7 +104,7 @@ def _on_cluster(
     paths = [Path(config.run.dir, config.run.name) for config in configs]
     runs: list[Prepared] = []
     for config, path in zip(configs, paths, strict=True):
-        if (path / "result.json").exists():
+        if is_done(config):
             typer.echo(f"{path.name}: finished already")
         elif not is_queued(path):
             runs.append(prepared(config, run_file, debug=False))
@@ -201,8 +204,7 @@ def _run(run_file: Path, point: Point) -> bool:
     from bigtrain.terminal import print_line
     from launchers.foreground import run_in_foreground
 
-    run = load(run_file, point.changes).config.run
-    if (Path(run.dir, run.name) / "result.json").exists():
+    if is_done(load(run_file, point.changes).config):
         typer.echo(f"\n{point.name}: finished already")
         return True
     typer.echo(f"\n{point.name}")
@@ -214,6 +216,37 @@ def _run(run_file: Path, point: Point) -> bool:
     if code in (130, 143):
         raise typer.Exit(code)
     return code == 0
+
+
+def is_done(config: Config) -> bool:
+    """Whether a run is finished; one that is asked for more than it has done is not.
+
+    Raises:
+        UserError: Where it was trained otherwise: its numbers must not stand in the table of this sweep.
+    """
+    from bigtrain.config.loader import diff, load
+    from bigtrain.errors import ConfigError, UserError
+    from bigtrain.runs import CONFIG, RESULT
+    from bigtrain.starting import allowed_for
+
+    path = Path(config.run.dir, config.run.name)
+    if not (path / RESULT).exists():
+        return False
+    try:
+        kept = load(path / CONFIG).config
+    except ConfigError:  # of a version with other keys
+        return True
+    changes = [change for change in diff(kept, config) if not change.key.startswith(_SAME_NUMBERS)]
+    others = [change for change in changes if change.key not in ("train.steps", "train.epochs")]
+    if changes and (others or not allowed_for(config).finished):
+        first = [*others, *changes][0]
+        raise UserError(
+            f"the run {config.run.name} is finished, and was another one: {first.key} was {first.before!r} and is "
+            f"{first.after!r}",
+            where=str(path),
+            remedy="give the sweep another run.name, or delete that folder",
+        )
+    return not changes
 
 
 def _print_table(keys: Sequence[str], points: Sequence[Point], folder: Path, sort: str | None) -> None:

@@ -213,6 +213,19 @@ def test_stop_saves_and_resume_goes_on(tmp_path: Path, whole: list[dict[str, obj
     assert "has no rank 7: it was started in 2 processes" in refused.stderr
 
 
+def test_a_run_that_loses_its_folder_is_not_begun_anew(tmp_path: Path) -> None:
+    """Somebody has moved it, or its disk is not there any more."""
+    path = run_file(tmp_path, plant=True)
+    (tmp_path / "slowly").touch()
+    process = begin(tmp_path, "launch", str(path), "--nproc=2")
+    until(lambda: last_step(tmp_path / "runs/it") > 6)
+    (tmp_path / "runs/it").rename(tmp_path / "runs/moved")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.rstrip().rpartition("\nerror: ")[2].startswith(f"the run's folder {tmp_path / 'runs/it'} has gone")
+    assert not (tmp_path / "runs/it").exists()
+
+
 def test_usr2_to_one_rank_means_save_and_start_again(tmp_path: Path, whole: list[dict[str, object]]) -> None:
     path = run_file(tmp_path, plant=True)
     (tmp_path / "slowly").touch()

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from bigtrain.cli.config import _complete_key
-from bigtrain.cli.sweep import make_points, split_values
+from bigtrain.cli.sweep import is_done, make_points, split_values
+from bigtrain.config.loader import dump, load
 from bigtrain.errors import UserError
 from bigtrain.report import write_report
 
@@ -79,6 +80,30 @@ def test_every_combination_has_a_name_of_its_own(folder: Path) -> None:
 def test_what_is_wrong_with_any_is_said_before_the_first_begins(folder: Path) -> None:
     assert "optim.lr" in bigtrain(folder, "sweep", "it.yaml", "optim.lr=0.1,fast", code=2)
     assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["engine.name=ddp", "launch.nproc=2"], True),
+        (["train.steps=3"], False),
+        (["train.steps=1"], "the run base is finished, and was another one: train.steps was 2 and is 1"),
+        (["train.steps=3", "data.batch_size=64"], "was another one: data.batch_size was 128 and is 64"),
+    ],
+)
+def test_a_run_that_was_another_one_is_not_taken_for_one_of_the_sweep(
+    folder: Path, changes: list[str], said: bool | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "runs/base").mkdir(parents=True)
+    (folder / "runs/base/config.yaml").write_text(dump(load("it.yaml").config))
+    (folder / "runs/base/result.json").write_text("{}")
+    wanted = load("it.yaml", changes).config
+    if isinstance(said, bool):
+        assert is_done(wanted) == said
+    else:
+        with pytest.raises(UserError, match=said):
+            is_done(wanted)
 
 
 @pytest.mark.slow
