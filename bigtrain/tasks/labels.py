@@ -12,6 +12,7 @@ from bigtrain.tasks.inspection import sample
 
 def is_known(labels: Tensor, num_classes: int, ignored: int) -> Tensor:
     """Whether each label is one of the classes, or the one that is ignored."""
+    labels = labels.long()  # torch compares no unsigned ones of more than 8 bits
     return ((labels >= 0) & (labels < num_classes)) | (labels == ignored)
 
 

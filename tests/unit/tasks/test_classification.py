@@ -105,8 +105,10 @@ def test_the_loss_is_at_least_float32(dtype):
 def test_labels_of_other_integer_types():
     logits, labels = logits_and_labels()
     expected = Classification().loss(nn.Identity(), make_batch(logits, labels)).total
-    for dtype in (torch.uint8, torch.int32):
-        assert Classification().loss(nn.Identity(), make_batch(logits, labels.to(dtype))).total == expected
+    for dtype in (torch.uint8, torch.int32, torch.uint16, torch.uint32):
+        batch = make_batch(logits, labels.to(dtype))
+        Classification().check(nn.Identity(), batch)
+        assert Classification().loss(nn.Identity(), batch).total == expected
 
 
 @pytest.mark.parametrize("label", [-1, -100, CLASSES, 255])
