@@ -56,8 +56,8 @@ class Run:
     Attributes:
         path: The run folder.
         outcome: How it ended: steps, samples, the last evaluation.
-        model: The plain module with the trained weights, not their averages (`load_trained` has those); under fsdp, with
-            this rank's shards of them.
+        model: The plain module with the trained weights, not their averages (`load_trained` has those); under fsdp,
+            with this rank's shards of them.
     """
 
     path: Path
