@@ -93,11 +93,11 @@ class _LocalRanks:
             with suppress(ProcessLookupError):
                 os.kill(rank, number)
 
-    def stop(self) -> None:
+    def stop(self, number: int) -> None:
         for rank in set(self._agent.ranks()) - self._asked:
             self._asked.add(rank)
             with suppress(ProcessLookupError):
-                os.kill(rank, signal.SIGTERM)
+                os.kill(rank, number)
 
     def kill(self) -> None:
         if not self._agent.is_idle():

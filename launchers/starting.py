@@ -39,8 +39,8 @@ class Ranks(Protocol):
     def signal(self, number: int) -> None:
         """Send a signal to every rank."""
 
-    def stop(self) -> None:
-        """Ask every rank, once, to save and leave; call it again and again, for ranks may not be there yet."""
+    def stop(self, number: int) -> None:
+        """Ask every rank, once, by a signal to save and leave; call it again and again: ranks may not be there yet."""
 
     def kill(self) -> None:
         """End every rank and everything around them, at once."""

@@ -126,9 +126,9 @@ class _Step:
     def signal(self, number: int) -> None:
         self._send(signal.Signals(number).name.removeprefix("SIG"))
 
-    def stop(self) -> None:
+    def stop(self, number: int) -> None:
         # The scheduler tells the ranks itself when it ends the job; when only the supervisor was told, we do.
-        self._was_asked = self._was_asked or self._send("TERM")
+        self._was_asked = self._was_asked or self._send(signal.Signals(number).name.removeprefix("SIG"))
 
     def kill(self) -> None:
         self._said = self._heard()  # what is said from now on is our own doing

@@ -119,9 +119,12 @@ class Supervisor:
                     return end.code
                 if end.outcome == AGAIN_LATER and not self._again:
                     return AGAIN
-                self._pause(end)
+                if not self._interrupt.again:
+                    self._pause(end)
                 if self._interrupt.number is not None:
                     return 128 + self._interrupt.number
+                if self._interrupt.again:
+                    return AGAIN
                 self._last = cause
 
     # ---- one attempt ----------
@@ -173,8 +176,8 @@ class Supervisor:
         while (code := ranks.poll()) is None:
             watch.listen(_POLL_S)
             now = time.monotonic()
-            if self._interrupt.number is not None:
-                ranks.stop()
+            if self._interrupt.number is not None or self._interrupt.again:
+                ranks.stop(signal.SIGUSR2 if self._interrupt.number is None else signal.SIGTERM)
             if failed_at is None and (any((attempt / "errors").glob("rank-*.json")) or ranks.ends()):
                 failed_at = now
             if hung is None and failed_at is None and (hang := watch.look()) is not None:
@@ -248,7 +251,7 @@ class Supervisor:
         count = f", {end.fruitless} of {self._plan.max_restarts} without a new checkpoint" if end.fruitless else ""
         print_line(f"starting again {where}{count}" + (f", in {pause:.0f} s" if pause else ""))
         deadline = time.monotonic() + pause
-        while time.monotonic() < deadline and self._interrupt.number is None:
+        while time.monotonic() < deadline and self._interrupt.number is None and not self._interrupt.again:
             time.sleep(_POLL_S)
 
     def _report_slow(self, attempt: Path, seen: Seen, usual_ms: float) -> None:
@@ -278,10 +281,12 @@ class _Interrupt:
     """What SIGINT, SIGTERM and SIGHUP do while ranks run.
 
     The first lets them save and leave at a step boundary, a second gives them some seconds for it, a third ends them.
+    SIGUSR2 lets them save, too, and be started again by who sent it, unless it is ignored: a scheduler tells the ranks.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.again = False
         self._wishes = Wishes()
         self._deadline: float | None = None
 
@@ -290,10 +295,15 @@ class _Interrupt:
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
             leaving.append(signal.SIGHUP)
         self._before = {number: signal.signal(number, self._handle) for number in leaving}
+        if signal.getsignal(signal.SIGUSR2) is not signal.SIG_IGN:
+            self._before[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, self._wish_again)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _wish_again(self, number: int, frame: FrameType | None) -> None:
+        self.again = True
 
     def is_over(self, now: float) -> bool:
         """Whether the ranks have had their time."""

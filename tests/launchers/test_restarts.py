@@ -239,6 +239,22 @@ def test_usr2_to_one_rank_means_save_and_start_again(tmp_path: Path, whole: list
     assert numbers(tmp_path / "runs/it") == whole
 
 
+def test_usr2_to_the_launcher_means_save_and_be_started_again(tmp_path: Path, whole: list[dict[str, object]]) -> None:
+    """As of a batch script of somebody's own, which is told that its time is nearly over."""
+    path = run_file(tmp_path, plant=True, checkpoint={"every_steps": None})
+    (tmp_path / "slowly").touch()
+    process = begin(tmp_path, "launch", str(path), "--nproc=2")
+    until(lambda: last_step(tmp_path / "runs/it") > 6)
+    process.send_signal(signal.SIGUSR2)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "stopped after step" in output
+    (tmp_path / "slowly").unlink()
+    again = bigtrain(tmp_path, "launch", str(path), "--nproc=2")
+    assert again.returncode == 0, again.stderr
+    assert numbers(tmp_path / "runs/it") == whole
+
+
 def test_restarts_without_progress_are_bounded(tmp_path: Path) -> None:
     """The same error again in the same step is code, whatever its type; and deaths before a checkpoint are counted."""
     path = run_file(tmp_path, plant=True, launch={"max_restarts": 1})
