@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,8 @@ from tests.helpers.leaks import nothing_left
 # Read where torch is imported, here and in every process that a test starts. The models are tiny, and threads that wait
 # for each other on busy cores take many times as long as one.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Under nohup it is ignored, and so it would be by every process that a test starts and ends with it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 _skipped: list[str] = []
 
