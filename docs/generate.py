@@ -149,8 +149,7 @@ def unlisted() -> list[str]:
         node.name
         for path in SOURCES
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ClassDef)
-        and any(isinstance(base, ast.Name) and base.id in own for base in node.bases)
+        if isinstance(node, ast.ClassDef) and any(isinstance(base, ast.Name) and base.id in own for base in node.bases)
     }
     known = {*CLASSES, *STAND_INS, *functions, *inner, "Exit", "ValidationError", "PydanticCustomError"}
     wrong = []
