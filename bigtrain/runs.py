@@ -357,7 +357,8 @@ def _free_name(path: Path) -> str:
 
 
 def _cannot(verb: str, path: Path, error: OSError) -> RunFolderError:
-    return RunFolderError(f"cannot {verb} {path}: {error.strerror}", remedy="set run.dir to a folder of your own")
+    remedy = "set run.dir to a folder that you may write to, with room for it"
+    return RunFolderError(f"cannot {verb} {path}: {error.strerror}", remedy=remedy)
 
 
 def _summary(path: Path) -> str:
