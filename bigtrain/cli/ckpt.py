@@ -282,8 +282,8 @@ def _leaving_nothing() -> Iterator[None]:
         number = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(lost.exc_type)
         if number is None:
             hook(lost)
-        else:  # it came in the middle of a destructor, which Python lets nothing be raised from
-            threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+        else:  # it came in the middle of a destructor, which Python lets nothing be raised from, nor from this function
+            threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
 
     before, hook = signal.signal(signal.SIGTERM, leave), sys.unraisablehook
     sys.unraisablehook = once_more
