@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-import torch._dynamo
 from torch import nn
 
 from bigtrain.config.schema import Config
 from bigtrain.engines.base import Evaluator
 from bigtrain.errors import CombinationError
 from bigtrain.models.blocks import without_shared_parameters
-from bigtrain.models.head import Head
 from bigtrain.prepare import compile_forward
 from bigtrain.protocols import Batch, Task
 
@@ -31,6 +29,8 @@ def compile_parts(config: Config, engine: str, model: nn.Module, blocks: Sequenc
     if is_stage_3:  # which gathers a compiled block as one, and a parameter in one of them alone
         blocks = without_shared_parameters(model, blocks)
     compile_forward(blocks, fullgraph=config.compile.fullgraph)
+    from bigtrain.models.head import Head  # which imports torch._dynamo
+
     for module in model.modules():
         if isinstance(module, Head):
             module.compile_loss()
@@ -50,6 +50,8 @@ def try_compiled(engine: Evaluator, task: Task, batch: Batch, blocks: Sequence[n
     Raises:
         CombinationError: Where it cannot be traced, or a block cannot be gathered as one.
     """
+    import torch._dynamo  # half a second, for those who compile
+
     calls = Counter[nn.Module]()
     handles = [block.register_forward_pre_hook(lambda block, args: calls.update([block])) for block in blocks]
     try:

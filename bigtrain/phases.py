@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch._dynamo
+import torch
 from torch import nn
 
 from bigtrain.checkpoint import Ranks, find
@@ -133,7 +133,7 @@ class Phases:
         self.close()
         del self.training
         gc.collect()
-        torch._dynamo.reset()  # graphs of a model that is gone, which would count against the limit of the next one
+        torch.compiler.reset()  # graphs of a model that is gone, which would count against the limit of the next one
 
     def _expected(self) -> int:
         """The phase of the newest checkpoint, as far as it can be told without reading all of it."""

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch._dynamo
 import xxhash
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -195,6 +194,8 @@ def compile_forward(modules: Sequence[nn.Module], *, fullgraph: bool) -> None:
             where="compile",
             remedy="install one (apt install g++), or set compile=none",
         )
+    import torch._dynamo  # half a second, for those who compile
+
     # Blocks of one class that differ in their sizes need graphs of their own, each in training and in evaluation.
     limits: Any = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, 4 * len(modules))

@@ -1,8 +1,8 @@
-"""All tests, in three parts side by side: two launch runs and wait most of the time, the third computes.
+"""All tests, in two halves side by side: those that launch runs wait most of the time, the others compute.
 
     python tests/side_by_side.py [arguments for pytest]
 
-What is timed has the highest priority. The part that computes is shown as it goes; what the others printed follows.
+The half that computes has the lower priority and is shown as it goes; what the other one printed follows.
 """
 
 from __future__ import annotations
@@ -11,37 +11,30 @@ import os
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
-from typing import IO
 
-TIMED = ["tests/launchers", "tests/faults"]
 WAITING = [
-    *("tests/unit/cli", "tests/unit/tracking", "tests/unit/doors"),
-    *("tests/unit/test_docs.py", "tests/unit/test_walk.py", "tests/unit/test_examples.py"),
+    *("tests/unit/cli", "tests/unit/tracking", "tests/faults", "tests/launchers"),
+    *("tests/unit/doors", "tests/unit/test_docs.py", "tests/unit/test_walk.py"),
 ]
-COMPUTING = ["tests", *(f"--ignore={path}" for path in [*TIMED, *WAITING])]
 
 
-def start(paths: list[str], niceness: int, output: IO[str] | None = None) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *paths, *sys.argv[1:]]
-    together = None if output is None else subprocess.STDOUT
-    return subprocess.Popen(command, stdout=output, stderr=together, text=True, preexec_fn=lambda: os.nice(niceness))
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments, *sys.argv[1:]]
 
 
 def main() -> int:
-    with ExitStack() as stack:
-        outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)]
-        parts = [start(TIMED, 0, outputs[0]), start(WAITING, 5, outputs[1]), start(COMPUTING, 10)]
+    with tempfile.TemporaryFile("w+") as output:
+        waiting = subprocess.Popen(command(*WAITING), stdout=output, stderr=subprocess.STDOUT)
         try:
-            codes = [part.wait() for part in reversed(parts)]
+            rest = command("tests", *(f"--ignore={path}" for path in WAITING))
+            computing = subprocess.run(rest, check=False, preexec_fn=lambda: os.nice(10))  # no threads
+            code = waiting.wait()
         except BaseException:
-            for part in parts:
-                part.terminate()
+            waiting.terminate()
             raise
-        for output in outputs:
-            output.seek(0)
-            print(output.read(), end="", flush=True)
-    return max(codes, key=abs)
+        output.seek(0)
+        print(output.read(), end="", flush=True)
+    return computing.returncode or code
 
 
 if __name__ == "__main__":

@@ -204,6 +204,7 @@ def killed_before_the_commit(folder: str) -> None:
     bigtrain.train(config(Path(folder), "first"))
 
 
+@pytest.mark.slow
 def test_what_a_writer_that_was_killed_left_is_no_cache(tmp_path):
     with pytest.raises(RankError, match="died with exit code -9"):
         run_distributed(killed_before_the_commit, 1, str(tmp_path))

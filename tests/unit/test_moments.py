@@ -151,6 +151,7 @@ def test_compiled_it_differs_in_the_last_bits_alone(monkeypatch, my_class, optio
                 assert (kept - wanted).norm() <= 1e-3 * wanted.norm()
 
 
+@pytest.mark.slow
 def test_compiled_a_step_left_out_leaves_all_as_it_was():
     tensors = pairs()
     optimizer = Bf16AdamW([ours for ours, _ in tensors], **HYPER)

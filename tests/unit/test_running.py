@@ -624,6 +624,7 @@ def wait_for_steps(process: subprocess.Popen[str], metrics: Path) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_output_that_has_gone_does_not_end_a_training(interruptible):
     process, folder = interruptible
     process.stdout.close()

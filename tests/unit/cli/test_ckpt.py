@@ -54,6 +54,7 @@ def test_show(run):
     assert json.loads(call("show", older, "--json")[1])["step"] == 10
 
 
+@pytest.mark.slow
 def test_an_older_one_is_not_taken_for_the_newest_whose_manifest_has_gone(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
     (find(copy / "checkpoints")[0] / "manifest.json").unlink()
