@@ -1,6 +1,6 @@
 """What checkpoints cost beside PyTorch's own: DCP, DCP in the background, and torch.save, on the same state and disk.
 
-    python benchmarks/checkpoint.py [--gb 2] [--folder DIR] [--rounds 3]
+    python benchmarks/checkpoint.py [--gb 2] [--folder DIR] [--rounds 3] [--only lost [--device cuda]]
 
 Everything runs in one process, the contenders in turn (A-B-B-A), and medians are shown with the least and the most.
 torch has one thread; bigtrain reads large tensors with two.
@@ -9,7 +9,8 @@ The state is weights and Adam's two moments in float32.
 - lost: a training of matrix products goes on while a checkpoint is written; what its steps take more than their median
   without one, summed until the commit. `first` is the first save of the process, `later` those after it. bigtrain
   copies the optimizer's moments while the step after the save computes its gradients; the end of that step, where an
-  optimizer would change them, waits for the copy, and that is lost, too.
+  optimizer would change them, waits for the copy, and that is lost, too. `--device cuda` has state and training on a
+  GPU.
 - write, read: seconds, and the share of the speed of a raw copy of as many bytes to the same disk with the same fsync
   (of a raw read from the page cache). Reading verifies every byte; nobody else does.
 - the copy alone, hashing alone: the bare operations, in memory that is there; what does them cannot be faster.
@@ -100,29 +101,41 @@ def interleaved(actions: dict[str, Callable[[int], float]], rounds: int) -> dict
 # ---- time lost by training ----------
 
 
-def steps(
-    seconds: float, is_done: Callable[[], bool] = lambda: True, before_update: Callable[[], None] = lambda: None
-) -> Iterator[float]:
-    """Train for so long, and until it is done: what each step took."""
-    left, right = torch.randn(768, 768), torch.randn(768, 768)
+class Training:
+    """Matrix products: of some 0.1 s on one thread, or of 50 ms on a large GPU."""
 
-    def step() -> None:
-        for _ in range(8):
-            left @ right
-        before_update()
+    def __init__(self, device: torch.device) -> None:
+        self._is_gpu = device.type == "cuda"
+        width, dtype = (8192, torch.bfloat16) if self._is_gpu else (768, torch.float32)
+        self._count = 32 if self._is_gpu else 8
+        self._left, self._right = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
 
-    began = time.perf_counter()
-    while time.perf_counter() - began < seconds or not is_done():
-        yield timed(step)
+    def steps(
+        self,
+        seconds: float,
+        is_done: Callable[[], bool] = lambda: True,
+        before_update: Callable[[], None] = lambda: None,
+    ) -> Iterator[float]:
+        """Train for so long, and until it is done: what each step took."""
 
+        def step() -> None:
+            for _ in range(self._count):
+                self._left @ self._right
+            before_update()
+            if self._is_gpu:
+                torch.cuda.synchronize()
 
-def lost_by(start: Callable[[], Callable[[], bool]], before_update: Callable[[], None] = lambda: None) -> float:
-    """Seconds that training loses from the call that begins a save until it is committed."""
-    normal = statistics.median(steps(2.0))
-    began = time.perf_counter()
-    is_done = start()
-    stall = time.perf_counter() - began
-    return stall + sum(max(0.0, step - normal) for step in steps(0.0, is_done, before_update))
+        began = time.perf_counter()
+        while time.perf_counter() - began < seconds or not is_done():
+            yield timed(step)
+
+    def loses(self, start: Callable[[], Callable[[], bool]], before_update: Callable[[], None] = lambda: None) -> float:
+        """Seconds that it loses from the call that begins a save until it is committed."""
+        normal = statistics.median(self.steps(2.0))
+        began = time.perf_counter()
+        is_done = start()
+        stall = time.perf_counter() - began
+        return stall + sum(max(0.0, step - normal) for step in self.steps(0.0, is_done, before_update))
 
 
 def ours_in_background(background: Background, state: EngineState, number: int) -> Callable[[], bool]:
@@ -196,14 +209,16 @@ def show(title: str, found: dict[str, list[float]], base: str | None = None) -> 
         print(f"  {name:24} {median:8.3f} s  ({min(times):.3f} to {max(times):.3f}){share}")
 
 
-def compare_lost(state: dict[tuple[str, str], Tensor], folder: Path, rounds: int) -> None:
+def compare_lost(state: dict[tuple[str, str], Tensor], folder: Path, rounds: int, device: torch.device) -> None:
+    state = {key: tensor.to(device) for key, tensor in state.items()}
     pieces = whole_pieces(state)
     size = sum(tensor.nbytes for tensor in state.values())
-    background = Background(World(), folder / "ours")
+    training = Training(device)
+    background = Background(World(device=device), folder / "ours")
     background.reserve(size + 64 * len(state))
 
     def ours(number: int) -> float:
-        return lost_by(lambda: ours_in_background(background, pieces, number), background.wait_for_copy)
+        return training.loses(lambda: ours_in_background(background, pieces, number), background.wait_for_copy)
 
     background_first = ours(0)
 
@@ -212,10 +227,12 @@ def compare_lost(state: dict[tuple[str, str], Tensor], folder: Path, rounds: int
             future = dcp.async_save(named(state), checkpoint_id=folder / f"dcp-{number}")
             return future.done
 
-        return lost_by(start)
+        return training.loses(start)
 
     dcp_first = dcp_async(10**6)
-    copy = {key: tensor.clone() for key, tensor in state.items()}
+    is_gpu = device.type == "cuda"
+    copy = {key: torch.empty_like(tensor, device="cpu", pin_memory=is_gpu) for key, tensor in state.items()}
+    copy_all(state, copy)  # into memory that has been touched
     found = interleaved(
         {
             "bigtrain background": lambda n: ours(n + 1),
@@ -317,6 +334,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where to write; by default a temporary folder")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=["resharding", "writing", "reading", "lost"], help="one of the tables")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="of the training that `lost` disturbs")
     given = parser.parse_args()
     warnings.simplefilter("ignore")  # DCP's, that there is one process
     torch.set_num_threads(1)
@@ -333,7 +351,7 @@ def main() -> None:
         if given.only not in (None, "lost"):
             return
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)  # async_save's wish
-        compare_lost(state, Path(folder), given.rounds)
+        compare_lost(state, Path(folder), given.rounds, given.device)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Writing a checkpoint while the training goes on.
 
 The state is copied to host memory that exists already, and a thread writes the copy as `save` would. The training
-waits for a copy of the weights alone: what only the optimizer changes is copied while the next gradients are computed.
+waits for a copy of the weights alone: what only the optimizer changes is copied while the next gradients are computed,
+on a host by that thread, on a GPU by the engine that it has for copies.
 Ranks talk over a group of their own, so that what they say cannot be mistaken for what the training says. That it is
 done, or has failed, every rank hears in the same step.
 """
@@ -63,6 +64,34 @@ class _Prepared:
         self.rest = []
 
 
+class _Beside:
+    """Copies that a GPU makes beside its work: after what it has been told to do so far, before what changes them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._sources: list[Tensor] = []  # memory that was freed now could be written to while it is read
+
+    def copy(self, copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Begin to copy to the first of each two what is in the second; the current stream goes on."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._sources = [source for _, source in copies]
+        with torch.cuda.stream(self._stream):
+            for target, source in copies:
+                target.copy_(source, non_blocking=True)
+        self._done.record(self._stream)
+
+    def hold_back(self) -> None:
+        """What the current stream is told from now on comes after the copies."""
+        torch.cuda.current_stream(self._device).wait_event(self._done)
+
+    def wait(self) -> None:
+        """Until all has been copied, what the current stream was told to copy before included."""
+        self._done.synchronize()
+        self._sources = []
+
+
 class Background:
     """Writes one checkpoint at a time. Every rank must make it, and make the same calls.
 
@@ -95,6 +124,7 @@ class Background:
         self._committed = committed
         self._files = files
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._beside = _Beside(world.device) if world.device.type == "cuda" else None
         self._thread: threading.Thread | None = None
         self._outcome: Path | BaseException | None = None
         self._is_copied = threading.Event()
@@ -161,9 +191,14 @@ class Background:
             self._thread.join()
 
     def wait_for_copy(self) -> None:
-        """Wait until all of the state that is being saved is free to change; the optimizer steps after that."""
+        """Wait until all of the state that is being saved is free to change; the optimizer steps after that.
+
+        On a GPU it is the current stream that waits.
+        """
         if self._thread is not None:
             self._is_copied.wait()
+        if self._beside is not None:
+            self._beside.hold_back()
 
     def poll(self) -> Path | None:
         """The checkpoint that has been committed since the last call. Every rank must call it once a step.
@@ -234,18 +269,20 @@ class Background:
         """These pieces in our own memory."""
         prepared = _Prepared(EngineState([], hyper))
         place = 0
-        devices: set[torch.device] = set()
+        beside: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
             for piece in held:
-                data = self._place(piece.data, place)
-                if piece.data.device.type == "cpu" and piece.kind not in _CHANGED_BY_FORWARD:
-                    prepared.rest.append((data, piece.data))
-                else:  # a device copies in the order of its own work, and the training does not wait for it
-                    data.copy_(piece.data, non_blocking=True)
-                    devices.add(piece.data.device)
+                data, device = self._place(piece.data, place), piece.data.device.type
+                is_on_gpu = self._beside is not None and device == "cuda"
+                if piece.kind in _CHANGED_BY_FORWARD or not (is_on_gpu or device == "cpu"):
+                    data.copy_(piece.data, non_blocking=is_on_gpu)  # a GPU copies in the order of its work
+                else:
+                    (beside if is_on_gpu else prepared.rest).append((data, piece.data))
                 prepared.state.pieces.append(replace(piece, data=data))
                 place += -(-data.nbytes // _ALIGNMENT) * _ALIGNMENT
-        prepared.ready = _when_copied(devices)
+            if self._beside is not None:
+                self._beside.copy(beside)
+                prepared.ready = self._beside.wait
         return prepared
 
     def _place(self, like: Tensor, place: int) -> Tensor:
@@ -255,23 +292,3 @@ class Background:
 
 def _fail(error: Exception) -> None:
     raise error
-
-
-def _when_copied(devices: set[torch.device]) -> Callable[[], None]:
-    """Waits for the copies that devices are still making.
-
-    Copies are made in the order of the device's own work: what the training does next comes after them.
-    """
-    events = []
-    for device in devices:
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                event.record()
-                events.append(event)
-
-    def wait() -> None:
-        for event in events:
-            event.synchronize()
-
-    return wait
