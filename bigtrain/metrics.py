@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _BETTER_WHEN_SMALL = ("loss", "perplexity", "mse", "mae", "rmse", "error")
@@ -40,6 +40,17 @@ def to_line(row: Mapping[str, Any]) -> bytes:
     if row.line is None:
         row.line = _line(dict(row))  # json takes longer for anything but a plain dict
     return row.line
+
+
+def first_of(lines: Iterable[bytes], num_bytes: int = 65536) -> bytes:
+    """The first of these lines in one, as many as it takes to have so many bytes."""
+    taken, size = [], 0
+    for line in lines:
+        taken.append(line)
+        size += len(line)
+        if size >= num_bytes:
+            break
+    return b"".join(taken)
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

@@ -23,13 +23,16 @@ from bigtrain.errors import RunFolderError
 from bigtrain.loop import Loop
 from bigtrain.pretrained import start_from
 from bigtrain.progress import Cadence, Hook, Outcome, StepInfo
-from bigtrain.resuming import fitted, phase_of, set_random_state, weights_of
+from bigtrain.resuming import changes_since, fitted, phase_of, set_random_state, weights_of
 from bigtrain.running import lack_of_memory_explained, torch_set_up
 from bigtrain.runs import checkpoints_of
 from bigtrain.tracking.reading import RunRecord
 from bigtrain.trainer import Subject, Training, assemble
 
 Say = Callable[[str], None]
+
+# Where a change lets a run's steps come out otherwise.
+_TRAINED_BY = ("model.", "data.", "task.", "train.", "optim.", "finetune.", "engine.", "precision")
 
 
 def replay(
@@ -99,6 +102,10 @@ def _load(training: Training, path: Path | None, tell: Say) -> Outcome:
         kept = reader.extra
         training.engine.load(fitted(reader, training, is_tuned=False))
         tell(f"from step {reader.step}: {path}")
+        changes = [each for each in changes_since(kept, training.config) if each.key.startswith(_TRAINED_BY)]
+        if changes:
+            said = ", ".join(f"{each.key}: {each.before} → {each.after}" for each in changes)
+            tell(f"the run file has changed since: {said}; hyperparameters are the checkpoint's here, all else is new")
         own = reader.own(training.world.rank) if reader.num_writers == training.world.size else {}
         if "random" in own:
             set_random_state(own["random"], training.world.device)

@@ -135,7 +135,7 @@ def resume(training: Training, folder: Path) -> Resumed | None:
     def load(reader: Reader) -> None:
         kept: Mapping[str, Any] = reader.extra  # type: ignore[attr-defined]
         _refuse_brought_in(kept, folder)
-        changes[:] = _changes(kept, config)
+        changes[:] = changes_since(kept, config)
         _refuse_changes(changes, kept, training, folder, reader.index)
         phase = phase_at(config.finetune, kept["steps"], kept["position"][0])
         if phase != training.phase:
@@ -207,7 +207,8 @@ def fitted(reader: Reader, training: Training, *, is_tuned: bool) -> Reader:
     return _WithHyper(reader, training.engine.state().hyper) if is_tuned or is_new_phase else reader
 
 
-def _changes(kept: Mapping[str, Any], config: Config) -> list[Change]:
+def changes_since(kept: Mapping[str, Any], config: Config) -> list[Change]:
+    """What has changed in a run file since a checkpoint, whose `extra` is given."""
     try:
         before = loads(kept["config"])
     except (ConfigError, yaml.YAMLError):

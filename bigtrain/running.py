@@ -246,6 +246,7 @@ def _all_phases(
         attempt=str(folder.number),
         still_ours=lambda: lease.owns(folder.path, folder.number),
         tell=telling.tell,
+        before_save=telling.flush,
         files=Files(before=lambda operation, path: pulse.beat()),
     )
     undone: list[int] = []  # the steps that spikes led back to

@@ -84,13 +84,13 @@ class RunFolder:
         """
         check_free(folder, name, allowed)
         path = Path(folder, name)
-        attempt = attempt_of_launcher(path) or claim(folder, name)
+        attempt = (given := attempt_of_launcher(path)) or claim(folder, name)
         try:
             if (path / RESULT).exists():  # the run goes on: what it had come to belongs to its past
                 os.replace(path / RESULT, attempt / f"earlier-{RESULT}")
             write_atomically(path / CONFIG, config_yaml)
         except OSError as error:
-            give_back(attempt)  # this process may live on, as a notebook's does, and try again
+            (give_back if given else release)(attempt)  # a notebook's process may try again
             raise _cannot("write to", path, error) from error
         return cls(path, attempt)
 
@@ -173,7 +173,7 @@ def check_free(folder: str | Path, name: str, allowed: Allowed = Allowed()) -> N
         way_on = f"{more} to go on" if allowed.unfinished else f"set checkpoint.resume=auto to go on, and {more}"
         raise _taken(path, f"the run {name} is finished: {_summary(path)}", way_on)
     # Also without its config.yaml: a new run's checkpoints must not mix with those that are there.
-    has_begun = CONFIG in held or bool(_ATTEMPTS in held and _names(checkpoints_of(path)))
+    has_begun = CONFIG in held or (_ATTEMPTS in held and any(checkpoints_of(path).glob("*")))
     if has_begun and not allowed.unfinished:
         raise _taken(path, f"the run {name} has begun and not finished", "set checkpoint.resume=auto to go on")
     if has_begun:
@@ -204,6 +204,7 @@ def claim(folder: str | Path, name: str) -> Path:
         RunFolderError: Where another process was faster, or the folder cannot be made.
     """
     path = Path(folder, name)
+    made = [path, path / _ATTEMPTS]
     try:
         (path / _ATTEMPTS).mkdir(parents=True, exist_ok=True)
         number = len(attempts(path)) and int(attempts(path)[-1].name) + 1
@@ -212,11 +213,15 @@ def claim(folder: str | Path, name: str) -> Path:
             _check_not_live(path)
         attempt = path / _ATTEMPTS / str(number)
         attempt.mkdir()  # of several processes one succeeds
+        made += [attempt, attempt / "logs"]
         (attempt / "logs").mkdir()
         lease.take(path, number, os.environ.get(OWNER_VARIABLE))
     except FileExistsError:
         raise _taken(path, f"the run {name} is being started by another process") from None
     except OSError as error:
+        for empty in reversed(made):
+            with suppress(OSError):  # it holds something, or is not there
+                empty.rmdir()
         raise _cannot("make", path, error) from error
     return attempt.absolute()
 
@@ -225,10 +230,6 @@ def attempts(path: Path) -> list[Path]:
     """The attempts of a run, the first one first."""
     found = [entry for entry in (path / _ATTEMPTS).glob("*") if entry.name.isdecimal()]
     return sorted(found, key=lambda entry: int(entry.name))
-
-
-def _names(folder: Path) -> list[str]:
-    return os.listdir(folder) if folder.is_dir() else []
 
 
 def checkpoints_of(path: Path) -> Path:
@@ -256,10 +257,9 @@ def run_at(place: str | Path, folder: str | Path = "runs") -> Path:
 
 def names_of(folder: Path) -> list[str]:
     """The runs in a folder of runs, by name."""
-    try:
+    with suppress(OSError):
         return sorted(path.name for path in folder.iterdir() if is_run(path))
-    except OSError:
-        return []
+    return []
 
 
 def is_run(folder: Path) -> bool:

@@ -55,6 +55,7 @@ class Keeper:
         attempt: Which start of the run this is, the same on all ranks.
         still_ours: Asked on rank 0 before a commit; False where another start owns the run now.
         tell: Told on rank 0 of every checkpoint, as a line of numbers and words.
+        before_save: Called before one is begun: what goes before it must be written before it.
         files: The file system.
     """
 
@@ -68,10 +69,12 @@ class Keeper:
         attempt: str = "0",
         still_ours: Callable[[], bool] = lambda: True,
         tell: Callable[[Mapping[str, Any]], None] = lambda row: None,
+        before_save: Callable[[], None] = lambda: None,
         files: Files = DISK,
     ) -> None:
         self._world, self._folder, self._policy, self._source = world, Path(folder), policy, source
         self._attempt, self._still_ours, self._tell, self._files = attempt, still_ours, tell, files
+        self._before_save = before_save
         self._background = (
             Background(
                 world,
@@ -131,6 +134,7 @@ class Keeper:
         step, self._saved_at = outcome.steps, time.monotonic()
         if step == self._saved_step:
             return
+        self._before_save()
         if self._background:  # what came of the last one is told, and this one is saved whatever that was
             self._hear(partial(self._background.wait, before=step))
         content = {"extra": self._source.extra(outcome), "own": self._source.own()}

@@ -41,10 +41,12 @@ class Telling:
     Attributes:
         trackers: Those that take rows.
         console: The terminal.
+        flush: Writes those rows that wait to be written.
     """
 
     trackers: Sequence[Tracker] = ()
     console: Console | None = None
+    flush: Callable[[], None] = lambda: None
 
     def tell(self, row: Mapping[str, Any]) -> None:
         """Hand a row to all trackers, with the time."""
@@ -86,7 +88,7 @@ def begin_telling(
     console = Console(total, config.track.progress, log, title=config.run.name, step=steps)
     console.say("\n".join([_first_lines(training), *words]))
     changed = write_repro(folder.path, folder.number, _gpus(world))
-    trackers = make_trackers(
+    written = make_trackers(
         config,
         folder.path,
         folder.logs / "trackers.log",
@@ -95,7 +97,7 @@ def begin_telling(
         world_size=world.size,
         step=done,
     )
-    telling = Telling(_derived([*trackers, console], training, console), console)
+    telling = Telling(_derived([written, console], training, console), console, written.flush)
     telling.tell(
         {
             "step": done,
@@ -171,6 +173,7 @@ def report(telling: Telling, folder: RunFolder, config: Config) -> None:
     """Write the report of what there is; it must not make a run fail that went well."""
     if not config.track.report:
         return
+    telling.flush()
     try:
         telling.say(f"report: {write_report(folder.path)}")
     except Exception as error:

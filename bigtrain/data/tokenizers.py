@@ -72,7 +72,8 @@ class Bytes:
 class FromFile:
     """A tokenizer of the tokenizers library, saved as JSON.
 
-    Text is UTF-8. A document longer than 2^20 characters is tokenized in pieces, cut where a line ends.
+    Text is UTF-8; a byte order mark is none of it. A document longer than 2^20 characters is tokenized in pieces, cut
+    where a line ends.
 
     Args:
         path: The file.
@@ -131,7 +132,7 @@ def _text(documents: Sequence[Path]) -> Iterator[tuple[str, bool]]:
     for path in documents:
         rest = ""
         try:
-            with _opened(path, "r", encoding="utf-8", newline="") as file:
+            with _opened(path, "r", encoding="utf-8-sig", newline="") as file:
                 while read := file.read(_PIECE):
                     text = rest + read
                     cut = text.rfind("\n") + 1 or len(text)

@@ -60,14 +60,14 @@ def _classes(trained: Trained, inputs: Sequence[str]) -> Iterator[Prediction]:
     config = trained.config
     refuse_given(config, "data")
     inputs = [path for each in inputs for path in _files_of(each)]
-    data, shape = _data_of(trained)
+    data, first, shape = _data_of(trained)
     names = getattr(data, "class_names", None)
     size = config.data.batch_size
     for start in range(0, len(inputs), size):
         paths = [Path(path) for path in inputs[start : start + size]]
         pictures = []
         for path in paths:
-            pictures.append(_image(path, data, shape, trained))
+            pictures.append(_image(path, data, first, shape, trained))
             shape = shape or pictures[0].shape
         images = torch.stack(pictures).to(trained.world.device, trained.dtype())
         with trained.evaluating():
@@ -95,8 +95,11 @@ def _files_of(place: str) -> list[str]:
     return found
 
 
-def _data_of(trained: Trained) -> tuple[Any, torch.Size | None]:
-    """What the model was trained on, and the shape of its samples; pictures in folders may be elsewhere by now."""
+def _data_of(trained: Trained) -> tuple[Any, Any, torch.Size | None]:
+    """What the model was trained on, its first sample as the data have it, and the shape that transforms give that.
+
+    Pictures in folders may be elsewhere by now: there is neither then.
+    """
     config, names = trained.config, trained.kept.get("class_names")
     data: Any
     if (
@@ -104,10 +107,11 @@ def _data_of(trained: Trained) -> tuple[Any, torch.Size | None]:
         and names
         and not Path(str(config.data.args.get("root"))).expanduser().exists()
     ):
-        return PicturesElsewhere(names), None
+        return PicturesElsewhere(names), None, None
     data = create(config.data.name, "train", config.data.args)
-    transforms = config.data.transforms.eval
-    return data, _sample(Transformed(data, transforms, where="data.transforms.eval"), "the data").shape
+    first = data[0]
+    transformed = Transformed(_One(first), config.data.transforms.eval, where="data.transforms.eval")
+    return data, first, _sample(transformed, "the data").shape
 
 
 def _ask(trained: Trained, images: Tensor, data: Any) -> Any:
@@ -139,25 +143,25 @@ def _sample(data: Dataset, what: str) -> Tensor:
 
 
 class _One:
-    """A picture as the data would have it, before transforms."""
+    """A sample as the data would have it, before transforms."""
 
-    def __init__(self, picture: Any) -> None:
-        self._picture = picture
+    def __init__(self, sample: Any) -> None:
+        self._sample = sample
 
     def __len__(self) -> int:
         return 1
 
     def __getitem__(self, index: int) -> Any:
-        return self._picture
+        return self._sample
 
 
-def _image(path: Path, data: Any, shape: torch.Size | None, trained: Trained) -> Tensor:
+def _image(path: Path, data: Any, first: Any, shape: torch.Size | None, trained: Trained) -> Tensor:
     """A file as the model takes it: as the data would have read it, in their channels and size."""
     picture, is_elsewhere = _read(path), isinstance(data, PicturesElsewhere)
     if hasattr(data, "from_picture"):
         made = data.from_picture(picture)
     elif getattr(data, "has_pillow_images", False):
-        made = picture.convert(data.mode if is_elsewhere else data[0][0].mode)
+        made = picture.convert(data.mode if is_elsewhere else first[0].mode)
     else:
         raise CombinationError(
             f"the data {trained.config.data.name} do not say how a picture becomes one of their samples",
@@ -170,7 +174,7 @@ def _image(path: Path, data: Any, shape: torch.Size | None, trained: Trained) ->
     if shape is None:
         return image
     if image.shape != shape and not isinstance(made, Tensor) and not is_elsewhere:
-        made = made.resize(data[0][0].size)
+        made = made.resize(first[0].size)
         image = _sample(Transformed(_One(made), transforms, where="data.transforms.eval"), str(path))
     if image.shape != shape:
         raise DataError(

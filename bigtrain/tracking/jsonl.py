@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bigtrain.metrics import to_line
+from bigtrain.metrics import first_of, to_line
 
 # What waits for a disk that is full; the oldest lines are given up after that.
 _MOST_WAITING = 100_000
@@ -40,10 +41,20 @@ class MetricsFile:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one line."""
+        self.add(row)
+        self.flush()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Keep a row until `flush`."""
         if "histograms" in row:
             return
         self._num_given_up += len(self._waiting) == _MOST_WAITING
         self._waiting.append(to_line(row))
+
+    def flush(self) -> None:
+        """Append a line for each row that was kept."""
+        if not self._waiting:
+            return
         try:
             self._write()
         except OSError as error:
@@ -55,16 +66,16 @@ class MetricsFile:
         if self._file is None:
             self._file, self._size = _open(self._path)
         while self._waiting:
-            line = self._waiting[0]
-            written = os.write(self._file, line)
-            if written < len(line):  # the disk filled up in the middle of it
-                os.ftruncate(self._file, self._size)
-                written = os.write(self._file, line)
-                if written < len(line):
-                    os.ftruncate(self._file, self._size)
-                    raise OSError(28, "No space left on device")
+            text = first_of(self._waiting)
+            written = os.write(self._file, text)
+            if written < len(text):  # the disk filled up in the middle of a line
+                written = text.rfind(b"\n", 0, written) + 1
+                os.ftruncate(self._file, self._size + written)
+                if not written:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._size += written
-            self._waiting.popleft()
+            for _ in range(text.count(b"\n", 0, written)):
+                self._waiting.popleft()
 
     def close(self) -> None:
         """Write what waits, if the disk takes it, and close the file."""

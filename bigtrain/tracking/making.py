@@ -10,7 +10,8 @@ from typing import Any
 from bigtrain.config.schema import Config
 from bigtrain.errors import SetupError
 from bigtrain.named import load
-from bigtrain.tracking.base import TrackedRun, Tracker
+from bigtrain.tracking.base import TrackedRun
+from bigtrain.tracking.behind import Behind, Buffered
 from bigtrain.tracking.jsonl import MetricsFile
 from bigtrain.tracking.outside import Outside, Spec
 from bigtrain.tracking.repro import command
@@ -29,7 +30,7 @@ def make_trackers(
     engine: str,
     world_size: int,
     step: int = 0,
-) -> list[Tracker]:
+) -> Behind:
     """Make metrics.jsonl, and the process of those trackers that may be slow, if there are any.
 
     Args:
@@ -45,7 +46,7 @@ def make_trackers(
         UserError: Where a tracker of the user's own cannot be found, or TensorBoard is not installed.
     """
     metrics = MetricsFile(folder / "metrics.jsonl", say)
-    trackers: list[Tracker] = [metrics]
+    trackers: list[Buffered] = [metrics]
     specs = list(_specs(config))
     if specs:
         run = TrackedRun(
@@ -69,7 +70,7 @@ def make_trackers(
                 what_is_left=lambda: how_to_send(folder) if is_at_wandb else None,
             )
         )
-    return trackers
+    return Behind(trackers)
 
 
 def check_trackers(config: Config) -> None:

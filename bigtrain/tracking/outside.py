@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigtrain.metrics import to_line
+from bigtrain.metrics import first_of, to_line
 from bigtrain.tracking.base import TrackedRun
 
 # What waits for trackers that are slow or not there yet; what comes after that is left out, and said.
@@ -107,6 +107,11 @@ class Outside:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Hand a row over, or keep it until it can be."""
+        self.add(row)
+        self.flush()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Keep a row until `flush`."""
         if self._process is None:
             return
         if len(self._waiting) < _MOST_WAITING:
@@ -115,6 +120,9 @@ class Outside:
             self._left_out += 1
             if self._left_out == 1:
                 self._warn(f"warning: {self._names} cannot keep up, and rows are left out")
+
+    def flush(self) -> None:
+        """Hand over the rows that were kept, as far as they are taken, and hear what there is to say."""
         self._pass_on()
         if (now := time.monotonic()) - self._heard_at > _SECONDS_BETWEEN:
             self._heard_at = now
@@ -154,19 +162,21 @@ class Outside:
     def _pass_on(self) -> None:
         """Write what the pipe takes."""
         while self._waiting and self._process is not None:
-            line = self._waiting[0]
+            text = first_of(self._waiting)
             try:
-                written = os.write(self._in, line)
+                written = os.write(self._in, text)
             except BlockingIOError:
                 return
             except BrokenPipeError:
                 self._listen()
                 self._lost()
                 return
-            if written < len(line):
-                self._waiting[0] = line[written:]
+            left = written
+            while left and left >= len(self._waiting[0]):
+                left -= len(self._waiting.popleft())
+            if written < len(text):
+                self._waiting[0] = self._waiting[0][left:]
                 return
-            self._waiting.popleft()
 
     def _listen(self) -> None:
         """Tell the user what the other process has to tell."""

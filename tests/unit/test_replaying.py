@@ -37,6 +37,16 @@ def test_the_same_to_the_last_bit_and_nothing_written(trained: bigtrain.Run, ste
     assert files(trained.path) == before
 
 
+def test_a_run_file_that_has_changed_since_is_told(trained: bigtrain.Run, tmp_path: Path) -> None:
+    bigtrain.train(config(tmp_path), ["checkpoint.every_steps=4", "checkpoint.keep=null", "train.epochs=3"])
+    said: list[str] = []
+    replay(load_run(trained.path), 7, said.append)
+    assert "optim.schedule.name: cosine → constant" in said[1]
+    assert "train.epochs: 2 → 3" in said[1]
+    assert "eval." not in said[1]
+    assert said[-1] != said[1]
+
+
 def test_another_step_than_the_runs_is_refused(trained: bigtrain.Run) -> None:
     with pytest.raises(RunFolderError, match="step 11 is none of the run's: it has 10"):
         replay(load_run(trained.path), 11, print)

@@ -332,6 +332,22 @@ def test_a_start_that_could_not_write_gives_the_run_back(tmp_path):
     assert RunFolder.create(tmp_path, "a", "", Allowed(unfinished=True)).number == 1
 
 
+def test_a_start_that_a_full_disk_refused_leaves_no_folder(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    for refusing in (
+        lambda patch: patch.setattr(runs, "write_atomically", full),
+        lambda patch: patch.setattr(lease, "take", full),
+    ):
+        with monkeypatch.context() as patch:
+            refusing(patch)
+            with pytest.raises(RunFolderError, match="No space left on device"):
+                RunFolder.create(tmp_path, "a", "")
+        assert list(tmp_path.iterdir()) == []
+    assert begun(tmp_path, "a").number == 0
+
+
 def test_a_finished_run_that_is_not_to_be_resumed_says_that_both_are_needed(tmp_path: Path) -> None:
     claim(tmp_path, "a")
     (tmp_path / "a" / "result.json").write_text('{"steps": 10}')

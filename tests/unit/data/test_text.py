@@ -116,6 +116,12 @@ def test_a_tokenizer_file(tmp_path, tokenizer_file):
     assert dataset.vocab_size == 5
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path, tokenizer_file):
+    (tmp_path / "1.txt").write_text("one two", encoding="utf-8-sig")
+    args = {"source": str(tmp_path / "1.txt"), "context": 1, "tokenizer": tokenizer_file}
+    assert tokens_of(create("text", "train", args)) == [2, 3, 1]
+
+
 def test_a_long_document_is_one_document(tmp_path, tokenizer_file):
     (tmp_path / "long.txt").write_text("one two three\n" * 200_000)  # 2.8 MB: several pieces
     args = {"source": str(tmp_path / "long.txt"), "context": 3, "attend_across_documents": False}

@@ -249,21 +249,18 @@ def test_where_a_process_was_killed_it_is_said_in_the_end_how_its_files_are_sent
     config = from_dict({**values, "train": {"steps": 100}, "track": {"wandb": "offline"}}).config
     said: list[str] = []
     trackers = make_trackers(config, tmp_path, tmp_path / "log", said.append, engine="single", world_size=1)
-    outside = trackers[-1]
+    outside = trackers._trackers[-1]
     assert isinstance(outside, Outside)
     assert outside._process is not None
     process = psutil.Process(outside._process.pid)
     row = {"epoch": 0, "loss": 0.5, "lr": [1e-3]}
-    for tracker in trackers:
-        tracker.log({**row, "step": 1})
+    trackers.log({**row, "step": 1})
     wait_until(lambda: bool(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))), 30)
     (process if killed != "wandb's own" else process.children()[0]).kill()
     for step in range(2, 100):
-        for tracker in trackers:
-            tracker.log({**row, "step": step})
+        trackers.log({**row, "step": step})
         time.sleep(0.01)
-    for tracker in trackers:
-        tracker.close()
+    trackers.close()
     assert len(news(said)) == 2
     assert said[0].endswith("metrics.jsonl has every number")
     assert f"/*run-*-{(tmp_path / 'wandb_id').read_text().strip()}*" in said[1]
