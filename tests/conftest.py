@@ -13,8 +13,8 @@ from tests.helpers.leaks import nothing_left
 # Read where torch is imported, here and in every process that a test starts. The models are tiny, and threads that wait
 # for each other on busy cores take many times as long as one.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Under nohup and in the background of a script they are ignored, and so they would be by every process that a test starts
-# and ends with them.
+# Under nohup and in the background of a script they are ignored, and so they would be by every process that a test
+# starts and ends with them.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
