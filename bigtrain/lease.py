@@ -55,8 +55,13 @@ def take(folder: Path, attempt: int, owner: str | None = None) -> None:
 
 def _write(folder: Path, lease: Lease) -> None:
     aside = folder / f".{LEASE}.{os.getpid()}.{threading.get_ident()}"
-    aside.write_text(json.dumps(asdict(lease)) + "\n", encoding="utf-8")
-    os.replace(aside, folder / LEASE)
+    try:
+        aside.write_text(json.dumps(asdict(lease)) + "\n", encoding="utf-8")
+        os.replace(aside, folder / LEASE)
+    except OSError:  # what is left of it would make a folder that holds no run look taken
+        with suppress(OSError):
+            aside.unlink()
+        raise
 
 
 def read(folder: Path) -> Lease | None:

@@ -207,10 +207,10 @@ def _run(
         telling = begin_telling(
             phases.training, folder, done, words, lambda: failing.outcome.steps if failing.outcome else done
         )
-        if phases.started:
-            write_atomically(folder.path / "init_report.json", json.dumps(phases.started.as_dict(), indent=1) + "\n")
-    graph.keep(folder.path, telling.say, is_main=is_main)
     try:
+        if is_main and phases.started:
+            write_atomically(folder.path / "init_report.json", json.dumps(phases.started.as_dict(), indent=1) + "\n")
+        graph.keep(folder.path, telling.say, is_main=is_main)
         outcome = _all_phases(phases, folder, telling, hooks, failing, pulse)
         ignore_from_now_on()
         pulse.phase = FINISHING

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from bigtrain.prepare import COMPUTE_DTYPES, DTYPES
 from bigtrain.progress import Outcome
 from bigtrain.report import write_report
 from bigtrain.runs import RunFolder, write_atomically
-from bigtrain.tracking.base import Tracker
+from bigtrain.tracking.base import Tracker, closing_all
 from bigtrain.tracking.console import Console
 from bigtrain.tracking.making import make_trackers
 from bigtrain.tracking.mfu import Derived, Utilisation, utilisation
@@ -66,8 +66,7 @@ class Telling:
 
     def close(self) -> None:
         """Let every tracker write what is left."""
-        for tracker in self.trackers:
-            tracker.close()
+        closing_all(self.trackers).close()
 
 
 def begin_telling(
@@ -82,36 +81,44 @@ def begin_telling(
         words: What there is to say of that.
         steps: Asked for the number of steps taken.
     """
-    config, world = training.config, training.world
+    config, total = training.config, training.cadence.total_steps
     log = folder.logs / "rank-00000.stdout"
-    total = training.cadence.total_steps
-    console = Console(total, config.track.progress, log, title=config.run.name, step=steps)
-    console.say("\n".join([_first_lines(training), *words]))
-    changed = write_repro(folder.path, folder.number, _gpus(world))
-    written = make_trackers(
-        config,
-        folder.path,
-        folder.logs / "trackers.log",
-        console.say,
-        engine=training.engine.name,
-        world_size=world.size,
-        step=done,
-    )
-    telling = Telling(_derived([written, console], training, console), console, written.flush)
+    with ExitStack() as until_begun:  # where that fails, no thread and no process stays in a notebook
+        console = Console(total, config.track.progress, log, title=config.run.name, step=steps)
+        until_begun.callback(console.close)
+        console.say("\n".join([_first_lines(training), *words]))
+        changed = write_repro(folder.path, folder.number, _gpus(training.world))
+        written = make_trackers(
+            config,
+            folder.path,
+            folder.logs / "trackers.log",
+            console.say,
+            engine=training.engine.name,
+            world_size=training.world.size,
+            step=done,
+        )
+        until_begun.callback(written.close)
+        telling = Telling(_derived([written, console], training, console), console, written.flush)
+        _tell_start(telling, training, folder.number, done, changed)
+        until_begun.pop_all()
+    return telling
+
+
+def _tell_start(telling: Telling, training: Training, attempt: int, done: int, changed: Sequence[str]) -> None:
+    """Tell that a start of the run has begun, and what it will not come to."""
     telling.tell(
         {
             "step": done,
             "event": "start",
-            "attempt": folder.number,
+            "attempt": attempt,
             "engine": training.engine_label,
-            "world_size": world.size,
-            "precision": config.precision,
+            "world_size": training.world.size,
+            "precision": training.config.precision,
             **({"changed": ", ".join(changed)} if changed else {}),
         }
     )
     for text in _never_reached(training):
         telling.tell({"step": done, "event": "warning", "text": text})
-    return telling
 
 
 def _never_reached(training: Training) -> Iterator[str]:

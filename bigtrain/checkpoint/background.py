@@ -258,6 +258,8 @@ class Background:
         held = [piece for piece in state.pieces if piece.is_owner]
         needed = bytes_of(state) + _ALIGNMENT * len(held)
         try:
+            if self._beside is not None:
+                self._beside.wait()  # for a save that failed before it did; it must not write into this one's copy
             self.reserve(needed)
             if needed > self._buffer.numel():
                 return _Prepared(state, is_copy=False)

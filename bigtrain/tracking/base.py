@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,6 +20,14 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """Write what is left."""
+
+
+def closing_all(trackers: Iterable[Tracker]) -> ExitStack:
+    """Close every one of them in the end, in this order, whatever the others raise."""
+    stack = ExitStack()
+    for tracker in reversed(list(trackers)):
+        stack.callback(tracker.close)
+    return stack
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,20 @@ with all before it, and so are rows before a checkpoint is begun: a run that is 
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from bigtrain.tracking.base import Tracker, kind_of
+from bigtrain.tracking.base import Tracker, closing_all, kind_of
+
+_log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN = 0.1
+# A disk that does not answer for longer: the training goes on, and can be ended. Rows wait, but not without bounds.
+_LONGEST_WAIT_S, _MOST_WAITING = 10.0, 10_000
 
 
 class Buffered(Tracker, Protocol):
@@ -30,15 +36,19 @@ class Buffered(Tracker, Protocol):
 class Behind:
     """Hands rows to trackers later, or at once where they cannot wait.
 
+    Only its thread calls them, so that what interrupts the training does not interrupt a line.
+
     Args:
         trackers: Who takes them, one row after the other.
     """
 
     def __init__(self, trackers: Sequence[Buffered]) -> None:
         self._trackers = trackers
-        self._rows: deque[Mapping[str, Any]] = deque()
-        self._lock = threading.RLock()
-        self._has_rows, self._closing = threading.Event(), threading.Event()
+        self._waiting: deque[Mapping[str, Any] | threading.Event] = deque()  # rows, and who waits for those before
+        self._asked: list[threading.Event] = []  # who waits for what is being written now
+        self._has_rows, self._is_urgent = threading.Event(), threading.Event()
+        self._is_closing = self._is_held_up = False
+        self._pid = os.getpid()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
@@ -49,46 +59,74 @@ class Behind:
         Raises:
             Exception: What a tracker raised; a later call or `flush` raises it where the row waits.
         """
-        self._rows.append(row)
-        if kind_of(row) != "train":
+        self._waiting.append(row)
+        if kind_of(row) != "train" or self._error is not None or len(self._waiting) > _MOST_WAITING:
             self.flush()
         elif not self._has_rows.is_set():
             self._has_rows.set()
 
     def flush(self) -> None:
-        """Write all rows.
+        """Wait until all rows are written, but not for a disk that does not answer.
 
         Raises:
             Exception: What a tracker raised.
         """
-        with self._lock:
-            if self._error is not None:
-                raise self._error
-            while self._rows:
-                row = self._rows.popleft()
-                for tracker in self._trackers:
-                    tracker.add(row)
-            for tracker in self._trackers:
-                tracker.flush()
+        is_written = threading.Event()
+        self._waiting.append(is_written)
+        self._hurry()
+        if self._thread.is_alive():  # not in a process that was forked, nor after an error
+            self._is_held_up = not is_written.wait(self._patience)
+        if self._error is not None:
+            raise self._error
 
     def close(self) -> None:
         """Write what is left, and close the trackers."""
-        self._closing.set()
+        if os.getpid() != self._pid:  # forked by the user's code, and ended by an error: all this is its parent's
+            return
+        self._is_closing = True
+        self._hurry()
+        self._thread.join(self._patience)
+        if self._thread.is_alive():
+            _log.warning("the disk that the run's numbers go to does not answer: the last ones may be lost")
+            return
+        with closing_all(self._trackers):
+            if self._error is not None:
+                raise self._error
+
+    @property
+    def _patience(self) -> float:
+        return _SECONDS_BETWEEN if self._is_held_up else _LONGEST_WAIT_S
+
+    def _hurry(self) -> None:
+        self._is_urgent.set()
         self._has_rows.set()
-        self._thread.join()
-        try:
-            self.flush()
-        finally:
-            for tracker in self._trackers:
-                tracker.close()
 
     def _work(self) -> None:
-        while not self._closing.is_set():
-            self._has_rows.wait()
-            self._closing.wait(_SECONDS_BETWEEN)
-            self._has_rows.clear()
-            try:
-                self.flush()
-            except BaseException as error:
-                self._error = error
-                return
+        try:
+            while not self._is_closing:
+                self._has_rows.wait()
+                self._is_urgent.wait(_SECONDS_BETWEEN)
+                self._has_rows.clear()
+                self._is_urgent.clear()
+                self._write()
+            self._write()
+        except BaseException as error:
+            self._error = error
+            self._asked += [item for item in self._waiting if isinstance(item, threading.Event)]
+            self._answer()
+
+    def _write(self) -> None:
+        while self._waiting:
+            item = self._waiting.popleft()
+            if isinstance(item, threading.Event):
+                self._asked.append(item)
+                continue
+            for tracker in self._trackers:
+                tracker.add(item)
+        for tracker in self._trackers:
+            tracker.flush()
+        self._answer()
+
+    def _answer(self) -> None:
+        while self._asked:
+            self._asked.pop().set()

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from bigtrain.metrics import Row
-from bigtrain.tracking.base import Tracker
+from bigtrain.tracking.base import Tracker, closing_all
 
 
 class Peak(NamedTuple):
@@ -140,5 +140,4 @@ class Derived:
 
     def close(self) -> None:
         """Close them."""
-        for tracker in self._trackers:
-            tracker.close()
+        closing_all(self._trackers).close()

@@ -81,7 +81,7 @@ class Outside:
         self._told: set[str] = set()
         self._names = ", ".join(spec.name for spec in specs)
         self._waiting: deque[bytes] = deque()
-        self._left_out = 0
+        self._leaves_out = self._has_told_so = False
         self._heard, self._heard_at = b"", 0.0
         self._is_done = False
         first = {"trackers": [asdict(spec) for spec in specs], "run": asdict(run)}
@@ -117,13 +117,14 @@ class Outside:
         if len(self._waiting) < _MOST_WAITING:
             self._waiting.append(to_line(row))
         else:
-            self._left_out += 1
-            if self._left_out == 1:
-                self._warn(f"warning: {self._names} cannot keep up, and rows are left out")
+            self._leaves_out = True
 
     def flush(self) -> None:
         """Hand over the rows that were kept, as far as they are taken, and hear what there is to say."""
         self._pass_on()
+        if self._leaves_out and not self._has_told_so:
+            self._has_told_so = True
+            self._warn(f"warning: {self._names} cannot keep up, and rows are left out")
         if (now := time.monotonic()) - self._heard_at > _SECONDS_BETWEEN:
             self._heard_at = now
             self._listen()

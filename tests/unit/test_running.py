@@ -231,6 +231,17 @@ def test_what_a_run_sets_in_torch_is_put_back(config):
     assert (torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()) == (False, threads)
 
 
+def test_a_start_that_fails_leaves_no_thread_in_a_notebook(config):
+    """The disk is full, say, when it is written what the run can be made again from."""
+    folder = Path(config["run"]["dir"], "mine")
+    (folder / "attempts").mkdir(parents=True)
+    (folder / "repro").touch()
+    with pytest.raises(OSError, match="repro"):
+        train(config)
+    names = {"console", "tracking"}
+    assert not [thread for thread in threading.enumerate() if thread.name in names]
+
+
 class PointsWithAGap(Points):
     """Its last sample cannot be read; the second step of the run would read it."""
 

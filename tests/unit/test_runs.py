@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -359,3 +360,16 @@ def test_a_finished_run_that_is_not_to_be_resumed_says_that_both_are_needed(tmp_
         runs.check_free(tmp_path, "a", runs.Allowed(unfinished=True))
     assert "raise train.steps or train.epochs to go on" in str(caught.value)
     assert "checkpoint.resume" not in str(caught.value)
+
+
+def test_a_start_that_finds_the_disk_full_leaves_nothing_and_may_try_again(tmp_path):
+    """Folders can be made, and files take no byte."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(RunFolderError, match="cannot make"):
+            RunFolder.create(tmp_path, "mine", "new: 1\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+    RunFolder.create(tmp_path, "mine", "new: 1\n")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +121,105 @@ def test_rows_are_written_before_a_checkpoint_is_begun(tmp_path: Path, later: No
     assert found[4] == []  # the thread is late: that they wait is what makes this a test
     assert found[6][:5] == [1, 2, 3, 4, 5]
     assert found[11][:10] == list(range(1, 11))
+
+
+@pytest.fixture
+def unanswering(tmp_path: Path) -> Iterator[Path]:
+    """A file that takes no byte and answers no writer: a pipe that is full."""
+    path = tmp_path / "metrics.jsonl"
+    os.mkfifo(path)
+    pipe = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(pipe, b"x" * 65536)
+    yield path
+    os.set_blocking(pipe, False)
+    with suppress(BlockingIOError):  # whoever still writes comes to its end
+        while True:
+            os.read(pipe, 1 << 20)
+    os.close(pipe)
+
+
+def test_a_disk_that_does_not_answer_is_not_waited_for_without_end(
+    unanswering: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_LONGEST_WAIT_S", 0.3)
+    behind = Behind([MetricsFile(unanswering)])
+    began = time.monotonic()
+    for step in range(1, 6):
+        behind.log(numbers(step))
+        behind.log({"step": step, "event": "something"})
+    behind.close()
+    assert 0.3 <= time.monotonic() - began < 5  # once for long, then for a moment each
+    assert "does not answer" in caplog.text
+
+
+def test_rows_that_wait_for_a_disk_are_not_without_bounds(unanswering: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever logs every step for hours would have no memory left."""
+    monkeypatch.setattr(module, "_LONGEST_WAIT_S", 0.2)
+    monkeypatch.setattr(module, "_MOST_WAITING", 50)
+    behind = Behind([MetricsFile(unanswering)])
+    began = time.monotonic()
+    for step in range(1, 50):
+        behind.log(numbers(step))
+    assert time.monotonic() - began < 0.2
+    for step in range(50, 55):
+        behind.log(numbers(step))
+    assert time.monotonic() - began > 0.2
+    behind.close()
+
+
+def test_an_interrupt_while_lines_are_written_neither_doubles_nor_loses_one(tmp_path: Path) -> None:
+    """Ctrl-C, a second time: it is raised in the main thread, wherever that is."""
+
+    class Interrupted(MetricsFile):
+        def flush(self) -> None:
+            super().flush()
+            if threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt
+
+    behind = Behind([Interrupted(tmp_path / "metrics.jsonl")])
+    behind.log(numbers(1))
+    behind.log({"step": 1, "event": "something"})
+    behind.close()
+    assert steps_in(tmp_path) == [1, 1]
+
+
+def test_after_a_fault_no_row_is_taken_in_silence(tmp_path: Path) -> None:
+    behind = Behind([Broken(tmp_path / "metrics.jsonl")])
+    behind.log(numbers(1))
+    behind._thread.join(5)
+    with pytest.raises(LookupError):
+        behind.log(numbers(2))
+    with pytest.raises(LookupError):
+        behind.close()
+
+
+def test_one_that_fails_to_close_leaves_none_open(tmp_path: Path) -> None:
+    class Last(MetricsFile):
+        is_closed = False
+
+        def close(self) -> None:
+            super().close()
+            self.is_closed = True
+
+    last = Last(tmp_path / "metrics.jsonl")
+    behind = Behind([Broken(tmp_path / "broken"), last])
+    behind.log(numbers(1))
+    with pytest.raises(LookupError):
+        behind.close()
+    assert last.is_closed
+
+
+def test_a_child_that_the_users_code_forked_writes_nothing(tmp_path: Path, later: None) -> None:
+    behind = Behind([MetricsFile(tmp_path / "metrics.jsonl")])
+    behind.log(numbers(1))
+    child = os.fork()
+    if not child:
+        behind.log({"step": 1, "event": "failure"})
+        behind.close()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    behind.log({"step": 1, "event": "stop"})
+    behind.close()
+    assert steps_in(tmp_path) == [1, 1]

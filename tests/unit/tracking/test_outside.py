@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from bigtrain.tracking.base import TrackedRun
+from bigtrain.tracking.jsonl import MetricsFile
 from bigtrain.tracking.outside import Outside, Spec
 from tests.helpers.wandb_server import wait_until
 
@@ -198,6 +199,23 @@ def test_how_to_send_what_is_left_is_said_once_where_one_did_not_come_to_its_end
     outside.close()
     assert said.count(left) == times
     assert len(said) == 2 * times
+
+
+def test_rows_that_wait_to_be_written_are_not_lost_numbers(folder: Path) -> None:
+    """Many rows are kept, and then written at once: that one was left out here is said when it is in the file."""
+    said: list[str] = []
+    metrics = MetricsFile(folder / "metrics.jsonl", said.append)
+    spec = Spec("Kind", "my_trackers:Kind", {"path": str(folder / "kept")})
+    run, has_all = TrackedRun(".", "mine"), lambda: metrics.has_every_line
+    outside = Outside([spec], run, folder / "log", said.append, has_all=has_all)
+    for step in range(20_001):
+        for tracker in (metrics, outside):
+            tracker.add({"step": step})
+    metrics.flush()
+    outside.flush()
+    assert said == ["warning: Kind cannot keep up, and rows are left out; metrics.jsonl has every number"]
+    outside.close()
+    metrics.close()
 
 
 def test_one_that_is_unknown_is_said(folder: Path) -> None:
