@@ -70,6 +70,11 @@ def from_json(value: Any) -> Any:
     return _NONFINITE.get(value, value) if isinstance(value, str) else value
 
 
+def is_score(name: str) -> bool:
+    """Whether a metric of this name tells how good a model is, and not, say, how much was measured."""
+    return name.startswith("eval/") and name != "eval/tokens"
+
+
 def is_better_when_small(name: str) -> bool:
     """Whether a metric of this name is the better the smaller it is."""
     return any(word in name for word in _BETTER_WHEN_SMALL)

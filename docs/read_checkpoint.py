@@ -87,6 +87,8 @@ def check(data: bytes, expected: str, what: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     weights = read_tensors(Path(sys.argv[1]))
     for name, tensor in sorted(weights.items()):
         print(f"{name}  {'×'.join(map(str, tensor.shape)) or 'scalar'}  {tensor.dtype}")

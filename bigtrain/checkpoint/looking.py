@@ -23,7 +23,7 @@ from bigtrain.checkpoint.reading import CheckpointReader, in_parts
 from bigtrain.checkpoint.shard_file import ShardFile, removed
 from bigtrain.checkpoint.shards import CHUNK
 from bigtrain.errors import CheckpointError, CorruptError, ReadError
-from bigtrain.state import WEIGHT, Box, whole
+from bigtrain.state import BUFFER, WEIGHT, Box, whole
 
 Progress = Callable[[int], None]
 
@@ -178,7 +178,7 @@ def diff(a: Path, b: Path, *, progress: Progress = lambda count: None, files: Fi
     with CheckpointReader(Path(a), files) as ours, CheckpointReader(Path(b), files) as theirs:
         differences = []
         num_equal = 0
-        for key in sorted(ours.index.keys() | theirs.index.keys()):
+        for key in sorted(ours.index.keys() | theirs.index.keys(), key=_weights_first):
             difference = _compare(key, ours, theirs)
             shape, dtype = ours.index.get(key) or theirs.index[key]
             progress(math.prod(shape) * dtype.itemsize)
@@ -187,6 +187,10 @@ def diff(a: Path, b: Path, *, progress: Progress = lambda count: None, files: Fi
             else:
                 num_equal += 1
         return Comparison(num_equal, (*differences, *_compare_hyper(ours.hyper, theirs.hyper)))
+
+
+def _weights_first(key: Key) -> tuple[bool, bool, Key]:
+    return key[0] != WEIGHT, key[0] != BUFFER, key
 
 
 def _compare(key: Key, ours: CheckpointReader, theirs: CheckpointReader) -> Difference | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from bigtrain.checkpoint.looking import Comparison, Description, Verification
+    from bigtrain.checkpoint.looking import Comparison, Description, Difference, Verification
 
 app = typer.Typer(help="Look at checkpoints, compare, remove, export and import them.", no_args_is_help=True)
 
@@ -173,10 +174,22 @@ def diff(first: Path_, second: Path_, as_json: Json = False) -> None:
             largest = "" if each.largest is None else f", at most by {each.largest:.3g}"
             typer.echo(f"{each.kind} {each.name}: {each.what}{largest}")
         if len(found.differences) > _SHOWN:
-            typer.echo(f"… and {len(found.differences) - _SHOWN} more")
+            typer.echo(f"… and {len(found.differences) - _SHOWN} more; in all:")
+            for kind in dict.fromkeys(each.kind for each in found.differences):
+                typer.echo(f"  {_of_a_kind(kind, found.differences)}")
         typer.echo(f"{found.num_equal:,} tensors are equal to the last bit, {len(found.differences):,} things differ")
     if found.differences:
         raise typer.Exit(_DIFFERENT)
+
+
+def _of_a_kind(kind: str, differences: Sequence[Difference]) -> str:
+    """How many tensors or hyperparameters of a kind differ, and which one by most."""
+    alike = [each for each in differences if each.kind == kind]
+    measured = [each for each in alike if each.largest is not None]
+    if not measured:
+        return f"{kind}: {len(alike):,} differ"
+    most = max(measured, key=lambda each: math.inf if math.isnan(each.largest or 0.0) else each.largest or 0.0)
+    return f"{kind}: {len(alike):,} differ, at most by {most.largest:.3g} ({most.name})"
 
 
 def _compared(found: Comparison) -> dict[str, Any]:
@@ -223,7 +236,7 @@ def prune(
 @app.command("export")
 def export_(
     path: Path_,
-    out: Annotated[Path, typer.Argument(help="The file or folder to make.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file or folder to make.")],
     to: Annotated[OutForm, typer.Option("--to", help="What to make of it.")],
     best: Best = False,
     ema: Annotated[bool, typer.Option("--ema", help="The moving averages (optim.ema) instead of the weights.")] = False,

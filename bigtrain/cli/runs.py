@@ -27,10 +27,11 @@ def list_runs(
     ] = None,
 ) -> None:
     """List the runs of a folder, the newest first."""
+    from bigtrain.runs import is_run
     from bigtrain.tracking.wording import decimal
     from launchers.follow import standing
 
-    paths = [path for path in folder.glob("*") if (path / "attempts").is_dir()] if folder.is_dir() else []
+    paths = [path for path in folder.glob("*") if is_run(path)] if folder.is_dir() else []
     if not paths:
         typer.echo(f"there are no runs in {folder}")
         return
@@ -169,10 +170,10 @@ def _find(name: str, folder: Path) -> Path:
         RunFolderError: Where there is none of this name, with the nearest ones.
     """
     from bigtrain.errors import RunFolderError
-    from bigtrain.runs import instead_of
+    from bigtrain.runs import instead_of, is_run
 
     for path in (folder / name, Path(name)):
-        if (path / "attempts").is_dir():
+        if is_run(path):
             return path.resolve()
     remedy = instead_of(folder / name, "give the folder of all runs with --dir")
     raise RunFolderError(f"there is no run {name} in {folder}", remedy=remedy)

@@ -253,13 +253,13 @@ def _print_table(keys: Sequence[str], points: Sequence[Point], folder: Path, sor
     from rich.console import Console
     from rich.table import Table
 
-    from bigtrain.metrics import is_better_when_small
+    from bigtrain.metrics import is_better_when_small, is_score
     from bigtrain.report.words import number
     from bigtrain.runs import is_run
     from bigtrain.tracking.reading import load_run
 
     found: dict[Point, RunRecord] = {p: load_run(folder / p.name) for p in points if is_run(folder / p.name)}
-    names = list(dict.fromkeys(name for run in found.values() for name in run.metrics if name.startswith("eval/")))
+    names = list(dict.fromkeys(name for run in found.values() for name in run.metrics if is_score(name)))
     names = [*names[:3], "train/loss"]
     order = sort or names[0]
     sign = 1 if is_better_when_small(order) else -1

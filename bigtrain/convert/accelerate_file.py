@@ -47,6 +47,8 @@ def from_accelerate(values: Mapping[str, Any], found: Found, processes: int) -> 
     found.put("launch.nproc", max(count // nodes, 1))
     if nodes > 1:
         found.put("launch.nodes", nodes)
+        found.put("launch.target", "slurm")
+        found.notes.append("Several nodes are started through SLURM; launch.profile names a cluster's settings.")
     if values.get("use_cpu"):
         found.put("engine.device", "cpu")
     precision = str(values.get("mixed_precision", "no")).lower()

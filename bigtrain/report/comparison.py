@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bigtrain.config.keys import show
-from bigtrain.metrics import is_better_when_small
+from bigtrain.metrics import is_better_when_small, is_score
 from bigtrain.report.charts import Chart, Line
 from bigtrain.report.facts import state_of, trained_for
 from bigtrain.report.words import escape, num_bytes, number, seconds
@@ -68,7 +68,7 @@ class Comparison:
         ]
         names = dict.fromkeys(name for run in self.runs for name in run.metrics)
         for name in names:
-            if name.startswith("eval/"):
+            if is_score(name):
                 rows += [self._row(f"{name}, best", name, "best"), self._row(f"{name}, last", name, "last")]
         rows += [
             self._row(_short(name), name, "last" if "loss" in name else "median") for name in _SHOWN if name in names
@@ -89,7 +89,7 @@ class Comparison:
     def charts(self) -> list[Chart]:
         """One chart for each metric, a line for each run."""
         names = dict.fromkeys(name for run in self.runs for name in run.metrics)
-        wanted = [name for name in names if name.startswith("eval/") or name in (*_SHOWN, "train/lr")]
+        wanted = [name for name in names if is_score(name) or name in (*_SHOWN, "train/lr")]
         order = sorted(wanted, key=lambda name: (name != "train/loss", not name.startswith("eval/")))
         return [
             Chart(

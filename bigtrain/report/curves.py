@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from bigtrain.metrics import is_score
 from bigtrain.report.charts import Chart, Line, Mark
 from bigtrain.report.words import num_bytes, number, seconds
 from bigtrain.tracking.reading import Metrics, RunRecord, Series
@@ -61,7 +62,7 @@ def _loss(metrics: Metrics, marks: list[Mark]) -> Chart | None:
 
 def _evaluations(metrics: Metrics, marks: list[Mark]) -> Iterator[Chart]:
     for name in metrics:
-        if name.startswith("eval/") and name != "eval/loss":
+        if is_score(name) and name != "eval/loss":
             title = name.removeprefix("eval/").replace("_", " ")
             line = _line(title, metrics[name], 2, is_noisy=False, has_dots=True)
             yield Chart(title, [line], marks, note="on the evaluation data")

@@ -14,7 +14,7 @@ import yaml
 from bigtrain import lease
 from bigtrain.config.keys import all_keys, show
 from bigtrain.failures import read_errors
-from bigtrain.metrics import is_better_when_small
+from bigtrain.metrics import is_better_when_small, is_score
 from bigtrain.report.words import count, escape, moment, num_bytes, number, seconds
 from bigtrain.runs import read_json
 from bigtrain.tracking.reading import RunRecord, Series
@@ -95,7 +95,7 @@ def tiles(run: RunRecord) -> str:
     shown: list[tuple[str, str, str]] = []
     if "train/loss" in metrics:
         shown.append(("training loss", number(float(metrics["loss"].values[-1])), f"at step {run.step:,}"))
-    for name in [name for name in metrics if name.startswith("eval/")][:3]:
+    for name in [name for name in metrics if is_score(name)][:3]:
         title = name.removeprefix("eval/").replace("_", " ")
         title = "eval loss" if title == "loss" else title
         shown.append((title, number(float(metrics[name].values[-1])), _best(name, metrics[name])))

@@ -10,6 +10,7 @@ is there: the functions are wrapped only where one is asked for.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -66,6 +67,9 @@ class Profiler:
             activities.append(ProfilerActivity.CUDA)
             # With the stacks of C++ torch starts processes that look up their names, and leaves them running.
             torch.cuda.memory._record_memory_history(stacks="python", max_entries=_MEMORY_EVENTS)
+        else:
+            # Its library says on the terminal, as an error, that there is no GPU.
+            os.environ.setdefault("KINETO_LOG_LEVEL", "5")
         # It keeps events over several cycles, of which there is one, or says in every run that it does not.
         self._profile = profile(activities=activities, record_shapes=True, profile_memory=True, acc_events=True)
         self._profile.start()

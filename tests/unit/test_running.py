@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -372,6 +373,16 @@ def test_a_job_that_never_began_is_not_one_that_broke_off(tmp_path):
     assert standing(tmp_path / "it").state == "not begun"
     shown = CliRunner().invoke(app, ["runs", "show", "it", f"--dir={tmp_path}"]).output
     assert shown.splitlines()[-1].split() == ["0", "not", "begun"]
+
+
+def test_what_is_left_of_a_run_is_listed_and_shown(tmp_path):
+    """As by every other command, which take a folder with a run file or numbers for a run."""
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/config.yaml").write_text("task: classification\n")
+    for command in (["list"], ["show", "half"]):
+        shown = CliRunner().invoke(app, ["runs", *command, f"--dir={tmp_path}"])
+        assert shown.exit_code == 0
+        assert re.search("half.*not begun", shown.output)
 
 
 def test_how_a_start_without_a_launcher_stands_and_what_it_said(config):

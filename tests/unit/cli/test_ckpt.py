@@ -109,6 +109,11 @@ def test_diff(run):
     assert ("weight", "embed_tokens.weight") in names
     assert ("weight", "layers.0.mlp.up_proj.weight") not in names  # frozen
     assert found["equal"] == 3
+    shown, _, in_all = call("diff", first, second)[1].partition("in all:")
+    assert shown.startswith("weight embed_tokens.weight: ")  # and not first what follows from weights that differ
+    largest = max((each["largest"], each["name"]) for each in found["differences"] if each["kind"] == "exp_avg")
+    count = sum(each["kind"] == "exp_avg" for each in found["differences"])
+    assert f"  exp_avg: {count} differ, at most by {largest[0]:.3g} ({largest[1]})" in in_all
 
 
 def test_prune(run, tmp_path):
@@ -188,6 +193,8 @@ def test_the_reader_that_needs_numpy_alone(run, tmp_path):
     (copy / "shard-00000.safetensors").write_bytes(raw)
     with pytest.raises(ValueError, match="is not what was written"):
         module["read_tensors"](copy)
+    told = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert (told.returncode, told.stderr) == (1, module["__doc__"] + "\n")
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit])

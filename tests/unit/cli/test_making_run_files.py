@@ -213,7 +213,8 @@ def test_accelerate(tmp_path: Path) -> None:
     path = tmp_path / "two.yaml"
     path.write_text(yaml.safe_dump(ACCELERATE))
     found = convert(path)
-    assert (found.get("launch.nodes"), found.get("launch.nproc")) == (2, 8)
+    launch = from_dict(found.whole()).config.launch
+    assert (launch.target, launch.nodes, launch.nproc) == ("slurm", 2, 8)
     assert found.left["fsdp_config.fsdp_auto_wrap_policy"].startswith("the model's blocks are found")
     assert "machine_rank" in found.left
 

@@ -231,6 +231,16 @@ def test_comparing_shows_differences_first_and_marks_the_best(tmp_path: Path) ->
     assert page.count("figure", "chart") >= 4
 
 
+def test_how_much_was_measured_is_no_score(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "it", steps=100)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step":100,"eval/loss":0.5,"eval/perplexity":1.6,"eval/tokens":3072}\n')
+    run = load_run(folder)
+    assert run.metrics.last()["eval/tokens"] == 3072
+    assert number(3072) not in Page(report(run)).text  # the page has the changes of the code: not spelt out here
+    assert not any("eval/tokens" in row.name for row in compare([run, run]).measures())
+
+
 def test_numbers_as_people_read_them() -> None:
     assert [number(v) for v in (0.0, 12, 0.98765, 1234.5, 1e-7, float("nan"))] == [
         *("0", "12", "0.9877", "1,234", "1.00e-07", "nan"),
