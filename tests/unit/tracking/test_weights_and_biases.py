@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -89,6 +90,18 @@ def evaluations(last: int) -> list[tuple[int, float]]:
 def offline_rows(folder: Path) -> list[dict[str, Any]]:
     run_id = (folder / "wandb_id").read_text().strip()
     return [row for path in wandb_files.logs(folder, run_id) for row in wandb_files.history(path)]
+
+
+def artifact_of(folder: Path) -> Any:
+    """The one artifact in a run's files."""
+    from wandb.proto import wandb_internal_pb2 as protocol
+
+    (path,) = wandb_files.logs(folder, (folder / "wandb_id").read_text().strip())
+    records = [protocol.Record.FromString(body) for body in wandb_files.records(path)]
+    (artifact,) = [r.request.log_artifact.artifact for r in records if r.request.HasField("log_artifact")] or [
+        r.artifact for r in records if r.HasField("artifact")
+    ]
+    return artifact
 
 
 # ------------------------------------------------------------------------------------------------------- offline
@@ -317,16 +330,29 @@ def test_checkpoints_are_references(tmp_path: Path) -> None:
     outside.log({"step": 5, "event": "checkpoint", "path": str(checkpoint), "bytes": 1000, "seconds": 0.1})
     outside.close()
     assert "warning" not in " ".join(said)
-    from wandb.proto import wandb_internal_pb2 as protocol
-
-    (path,) = wandb_files.logs(folder, (folder / "wandb_id").read_text().strip())
-    records = [protocol.Record.FromString(body) for body in wandb_files.records(path)]
-    (artifact,) = [r.request.log_artifact.artifact for r in records if r.request.HasField("log_artifact")] or [
-        r.artifact for r in records if r.HasField("artifact")
-    ]
-    (entry,) = artifact.manifest.contents
+    (entry,) = artifact_of(folder).manifest.contents
     assert entry.ref == (checkpoint / "shard").as_uri()
     assert not [p for p in (folder / "wandb").rglob("*") if p.is_file() and p.stat().st_size == 1000]
+
+
+def test_checkpoints_are_uploaded_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline, what `wandb sync` uploads later: copies, since the checkpoint may have been removed by then."""
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "of wandb"))
+    folder = tmp_path / "it"
+    checkpoint = folder / "checkpoints" / "step-00000005"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "shard").write_bytes(b"0" * 1000)
+    run = TrackedRun(str(folder), "it", CONFIG, "fsdp", 2, 0, os.getpid(), "")
+    args = {"mode": "offline", "upload_checkpoints": True}
+    outside = Outside([Spec("W&B", FACTORY, args)], run, folder / "log", lambda text: None)
+    outside.log({"step": 5, "event": "checkpoint", "path": str(checkpoint), "bytes": 1000, "seconds": 0.1})
+    outside.close()
+    shutil.rmtree(checkpoint)
+    artifact = artifact_of(folder)
+    (entry,) = artifact.manifest.contents
+    assert (list(artifact.aliases).count("step-5"), entry.path, entry.ref) == (1, "shard", "")
+    assert Path(entry.local_path).is_relative_to(tmp_path)
+    assert Path(entry.local_path).read_bytes() == b"0" * 1000
 
 
 @pytest.mark.parametrize("is_refused", [False, True])
