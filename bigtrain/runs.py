@@ -18,6 +18,7 @@ the run has been checked. This module does not import torch.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
@@ -37,9 +38,7 @@ ATTEMPT_VARIABLE = "BIGTRAIN_ATTEMPT_DIR"
 # What a start is part of, as a cluster's job; a later start of the same owner takes the run over without waiting.
 OWNER_VARIABLE = "BIGTRAIN_OWNER"
 
-CONFIG = "config.yaml"
-RESULT = "result.json"
-_METRICS, _ATTEMPTS, _STOP = "metrics.jsonl", "attempts", "stop"
+CONFIG, RESULT, _METRICS, _ATTEMPTS, _STOP = "config.yaml", "result.json", "metrics.jsonl", "attempts", "stop"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +84,14 @@ class RunFolder:
         check_free(folder, name, allowed)
         path = Path(folder, name)
         attempt = (given := attempt_of_launcher(path)) or claim(folder, name)
+        earlier = attempt / f"earlier-{RESULT}"
         try:
             if (path / RESULT).exists():  # the run goes on: what it had come to belongs to its past
-                os.replace(path / RESULT, attempt / f"earlier-{RESULT}")
+                os.replace(path / RESULT, earlier)
             write_atomically(path / CONFIG, config_yaml)
         except OSError as error:
+            with suppress(OSError):  # it had none
+                os.replace(earlier, path / RESULT)
             (give_back if given else release)(attempt)  # a notebook's process may try again
             raise _cannot("write to", path, error) from error
         return cls(path, attempt)
@@ -350,10 +352,8 @@ def _taken(path: Path, problem: str, way_on: str = "") -> RunFolderError:
 
 def _free_name(path: Path) -> str:
     """A change that names the run otherwise, as a shell takes it."""
-    number = 2
-    while path.with_name(f"{path.name}-{number}").exists():
-        number += 1
-    return shlex.quote(f"run.name={path.name}-{number}")
+    names = (f"{path.name}-{number}" for number in itertools.count(2))
+    return shlex.quote("run.name=" + next(name for name in names if not path.with_name(name).exists()))
 
 
 def _cannot(verb: str, path: Path, error: OSError) -> RunFolderError:

@@ -58,6 +58,7 @@ class MetricsFile:
         try:
             self._write()
         except OSError as error:
+            self._let_go()
             if not self._has_complained:
                 self._has_complained = True
                 self._say(f"warning: {self._path}: {error.strerror}; training goes on, and lines wait")
@@ -68,14 +69,14 @@ class MetricsFile:
         while self._waiting:
             text = first_of(self._waiting)
             written = os.write(self._file, text)
-            if written < len(text):  # the disk filled up in the middle of a line
-                written = text.rfind(b"\n", 0, written) + 1
-                os.ftruncate(self._file, self._size + written)
-                if not written:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._size += written
-            for _ in range(text.count(b"\n", 0, written)):
+            whole = text.rfind(b"\n", 0, written) + 1
+            self._size += whole
+            for _ in range(text.count(b"\n", 0, whole)):
                 self._waiting.popleft()
+            if written < len(text):  # the disk filled up, perhaps in the middle of a line
+                os.ftruncate(self._file, self._size)
+                if not whole:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         """Write what waits, if the disk takes it, and close the file."""
@@ -87,9 +88,19 @@ class MetricsFile:
                 reason = error.strerror
         if not self.has_every_line:
             self._say(f"warning: {len(self._waiting) + self._num_given_up} lines of {self._path} are lost: {reason}")
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        refusal = self._let_go()
+        if refusal:
+            self._say(f"warning: the last lines of {self._path} may be lost: {refusal.strerror}")
+
+    def _let_go(self) -> OSError | None:
+        """Close the file, what a network's disk may refuse; what is written next opens it again, as it may be back."""
+        file, self._file = self._file, None
+        try:
+            if file is not None:
+                os.close(file)
+        except OSError as error:
+            return error
+        return None
 
 
 def _open(path: Path) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -362,14 +363,29 @@ def test_a_finished_run_that_is_not_to_be_resumed_says_that_both_are_needed(tmp_
     assert "checkpoint.resume" not in str(caught.value)
 
 
-def test_a_start_that_finds_the_disk_full_leaves_nothing_and_may_try_again(tmp_path):
-    """Folders can be made, and files take no byte."""
+@contextmanager
+def files_of_at_most(num_bytes):
+    """What a full disk does: folders can be made, and longer files cannot."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
     try:
-        with pytest.raises(RunFolderError, match="cannot make"):
-            RunFolder.create(tmp_path, "mine", "new: 1\n")
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_start_that_finds_the_disk_full_leaves_nothing_and_may_try_again(tmp_path):
+    with files_of_at_most(0), pytest.raises(RunFolderError, match="cannot make"):
+        RunFolder.create(tmp_path, "mine", "new: 1\n")
     assert list(tmp_path.iterdir()) == []
     RunFolder.create(tmp_path, "mine", "new: 1\n")
+
+
+def test_a_finished_run_that_a_full_disk_keeps_from_going_on_stays_finished(tmp_path):
+    folder = RunFolder.create(tmp_path, "mine", "new: 1\n")
+    folder.finish({"steps": 3})
+    give_back(folder.attempt)
+    with files_of_at_most(4096), pytest.raises(RunFolderError, match="cannot write to"):
+        RunFolder.create(tmp_path, "mine", "more: 2\n" * 1000, Allowed(True, True))
+    assert folder.config.read_text() == "new: 1\n"
+    assert json.loads(folder.result.read_text()) == {"steps": 3}

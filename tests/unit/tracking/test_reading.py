@@ -78,6 +78,34 @@ def test_a_file_that_is_one_cut_off_line_begins_anew(tmp_path: Path) -> None:
     assert [row["step"] for row in read_rows(tmp_path)] == [1]
 
 
+def test_a_file_whose_disk_was_gone_is_opened_again(tmp_path: Path) -> None:
+    """A network's disk that was mounted again has nothing of what was open on it."""
+    said: list[str] = []
+    file = MetricsFile(tmp_path / "metrics.jsonl", said.append)
+    file.log({"step": 1, "loss": 1.0})
+    assert file._file is not None
+    with open(os.devnull) as unwritable:
+        os.dup2(unwritable.fileno(), file._file)
+    file.log({"step": 2, "loss": 0.5})
+    assert not file.has_every_line
+    file.log({"step": 3, "loss": 0.25})
+    assert file.has_every_line
+    file.close()
+    assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3]
+    assert said == [f"warning: {tmp_path}/metrics.jsonl: Bad file descriptor; training goes on, and lines wait"]
+
+
+def test_a_disk_that_refuses_to_close_a_file_does_not_make_a_run_fail(tmp_path: Path) -> None:
+    """NFS tells only then that it had no room; the run has ended well."""
+    said: list[str] = []
+    file = MetricsFile(tmp_path / "metrics.jsonl", said.append)
+    file.log({"step": 1, "loss": 1.0})
+    assert file._file is not None
+    os.close(file._file)
+    file.close()
+    assert said == [f"warning: the last lines of {tmp_path}/metrics.jsonl may be lost: Bad file descriptor"]
+
+
 def test_damage_in_the_middle_is_said_and_the_rest_is_read(tmp_path: Path) -> None:
     write(tmp_path, [train_row(step) for step in range(1, 6)])
     path = tmp_path / "metrics.jsonl"
