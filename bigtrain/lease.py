@@ -38,6 +38,7 @@ class Lease:
         host: Its machine.
         owner: What it is part of (a cluster's job, say): a new start of the same owner takes the run over.
         has_ended: Whether it gave the run back.
+        folder: The run folder that it owns.
     """
 
     attempt: int
@@ -46,11 +47,15 @@ class Lease:
     host: str
     owner: str | None = None
     has_ended: bool = False
+    folder: str | None = None
 
 
 def take(folder: Path, attempt: int, owner: str | None = None) -> None:
-    """Make this process stand for an attempt."""
-    _write(folder, Lease(attempt, os.getpid(), _born(os.getpid()), socket.gethostname(), owner))
+    """Make this process stand for an attempt; what W&B knows the run by that this folder was copied from, is that's."""
+    if _is_copy(folder, read(folder)):
+        (folder / "wandb_id").unlink(missing_ok=True)
+    mine = Lease(attempt, os.getpid(), _born(os.getpid()), socket.gethostname(), owner, folder=str(folder.resolve()))
+    _write(folder, mine)
 
 
 def _write(folder: Path, lease: Lease) -> None:
@@ -103,7 +108,7 @@ def live_holder(folder: Path, owner: str | None = None) -> str | None:
         owner: What the asking process is part of; a lease of the same owner may be taken.
     """
     lease = read(folder)
-    if lease is None or lease.has_ended or (owner is not None and lease.owner == owner):
+    if lease is None or lease.has_ended or (owner is not None and lease.owner == owner) or _is_copy(folder, lease):
         return None
     words = f"process {lease.pid} on {lease.host}" + (f" ({lease.owner})" if lease.owner else "")
     if lease.host == socket.gethostname():
@@ -119,6 +124,16 @@ def live_holder(folder: Path, owner: str | None = None) -> str | None:
     except OSError:
         return None
     return f"{words}, last heard of {age:.0f} s ago" if age < LAPSES_AFTER_S else None
+
+
+def _is_copy(folder: Path, lease: Lease | None) -> bool:
+    """Whether the folder was copied, with this lease, from that of another run, which is still there."""
+    if lease is None or lease.folder is None:
+        return False
+    try:
+        return (Path(lease.folder) / LEASE).exists() and not folder.samefile(lease.folder)
+    except OSError:
+        return False
 
 
 def _clock_of(folder: Path) -> float:

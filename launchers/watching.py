@@ -17,6 +17,9 @@ from bigtrain.beats import FINISHING, STARTING, Address, Beat, read_beat
 # A rank that has not spoken for this long is stopped, or holds the interpreter's lock in native code.
 SILENT_S = 3.0
 
+# Who looks less often than that has been stopped itself.
+_LONGEST_DEAF_S = 5.0
+
 # A rank is slow if even its fastest of the last steps took twice as long by itself as the others' usual one, and some
 # milliseconds more: below that, it is noise.
 _SLOW_FACTOR, _SLOW_MS = 2.0, 5.0
@@ -90,7 +93,7 @@ class Watch:
         self, host: str, world_size: int, *, hang_timeout_s: float | None, startup_timeout_s: float | None
     ) -> None:
         self._hang_s, self._startup_s = hang_timeout_s, startup_timeout_s
-        self._began = time.monotonic()
+        self._began = self._looked_at = time.monotonic()
         self._ranks = [Seen(rank, progress_at=self._began) for rank in range(world_size)]
         self._told_slow: dict[int, float] = {}
         self._is_ending = False
@@ -150,12 +153,21 @@ class Watch:
     def look(self) -> Hang | None:
         """Whether a rank has made no progress for too long."""
         now = time.monotonic()
+        self._leave_out_own_stop(now)
         there = [seen for seen in self._ranks if not seen.is_gone]
         waited = {seen.rank: now - (self._began if seen.is_starting else seen.progress_at) for seen in there}
         late = [seen for seen in there if (limit := self._limit(seen)) is not None and waited[seen.rank] > limit]
         if not late:
             return None
         return Hang(there, max(waited[seen.rank] for seen in late), all(seen.is_starting for seen in late), now)
+
+    def _leave_out_own_stop(self, now: float) -> None:
+        """Start no clock while this process was stopped, by Ctrl-Z or with its container: it has heard nobody then."""
+        stopped_s, self._looked_at = now - self._looked_at, now
+        if stopped_s > _LONGEST_DEAF_S:
+            self._began += stopped_s
+            for seen in self._ranks:
+                seen.progress_at = min(now, seen.progress_at + stopped_s)
 
     def slow(self) -> list[tuple[Seen, float]]:
         """Ranks newly found to be slow, or slower by half again, each with the milliseconds of the others."""

@@ -198,9 +198,9 @@ class Saving:
             return
         if not self.still_ours():
             raise LeaseError(
-                f"another start of the run has taken it over: step {self.step} is not committed",
+                f"another start has taken the run over, or its folder is gone: step {self.step} is not committed",
                 where=str(self.folder),
-                remedy="let this one end; the run goes on in the other",
+                remedy="let this one end; the run goes on in the other, or the same command begins it anew",
             )
         raw = manifest.encode()
         with _explained(self, self.temporary / MANIFEST, len(raw)):

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -389,3 +390,31 @@ def test_a_finished_run_that_a_full_disk_keeps_from_going_on_stays_finished(tmp_
         RunFolder.create(tmp_path, "mine", "more: 2\n" * 1000, Allowed(True, True))
     assert folder.config.read_text() == "new: 1\n"
     assert json.loads(folder.result.read_text()) == {"steps": 3}
+
+
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_a_copy_of_a_run_is_a_run_of_its_own(tmp_path, has_ended):
+    """Somebody tries something else from where a run is, while that goes on; at W&B, too, they are two."""
+    folder = RunFolder.create(tmp_path, "mine", "new: 1\n")
+    (folder.path / "wandb_id").write_text("abc\n")
+    if has_ended:
+        give_back(folder.attempt)
+    shutil.copytree(folder.path, tmp_path / "copy")
+    check_free(tmp_path, "copy", Allowed(unfinished=True))
+    assert RunFolder.create(tmp_path, "copy", "other: 1\n", Allowed(unfinished=True)).number == 1
+    assert not (tmp_path / "copy" / "wandb_id").exists()
+    assert (folder.path / "wandb_id").exists()
+    assert lease.live_holder(tmp_path / "copy")
+    assert bool(lease.live_holder(folder.path)) is not has_ended
+
+
+def test_a_run_that_was_moved_or_has_two_names_is_the_same_run(tmp_path):
+    folder = RunFolder.create(tmp_path, "mine", "new: 1\n")
+    (folder.path / "wandb_id").write_text("abc\n")
+    (tmp_path / "link").symlink_to(folder.path)
+    assert lease.live_holder(tmp_path / "link")
+    moved = folder.path.rename(tmp_path / "moved")
+    assert lease.live_holder(moved)
+    give_back(moved / "attempts" / "0")
+    claim(tmp_path, "moved")
+    assert (moved / "wandb_id").read_text() == "abc\n"

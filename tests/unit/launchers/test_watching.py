@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bigtrain.beats import STARTING, TRAINING, Beat, read_beat
+from launchers import watching
 from launchers.watching import Watch
 
 
@@ -64,6 +65,25 @@ def test_starting_has_a_limit_of_its_own(watch: Watch, speakers: list[Speaker]) 
     hang = watch.look()
     assert hang is not None
     assert hang.is_start
+
+
+def test_a_launcher_that_was_stopped_itself_takes_nobody_for_hung(
+    watch: Watch, speakers: list[Speaker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Ctrl-Z, say, for longer than a rank may make no progress."""
+    monkeypatch.setattr(watching, "_LONGEST_DEAF_S", 0.3)
+    for speaker in speakers:
+        speaker.say()
+    watch.listen(0.05)
+    assert watch.look() is None
+    time.sleep(1.0)
+    assert watch.look() is None
+    began, hang = time.monotonic(), None
+    while hang is None and time.monotonic() - began < 3:  # from then on as ever
+        watch.listen(0.05)
+        hang = watch.look()
+    assert hang is not None
+    assert time.monotonic() - began < 0.8
 
 
 def test_a_rank_that_has_ended_does_not_hang(watch: Watch, speakers: list[Speaker]) -> None:
