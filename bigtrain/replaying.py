@@ -31,6 +31,7 @@ from bigtrain.trainer import Subject, Training, assemble
 
 Say = Callable[[str], None]
 
+_OTHERS = "the run had {} processes: random numbers (dropout's) are other ones here"
 # Where a change lets a run's steps come out otherwise.
 _TRAINED_BY = ("model.", "data.", "task.", "train.", "optim.", "finetune.", "engine.", "precision")
 
@@ -77,7 +78,7 @@ def replay(
             if world.is_main:
                 say(text)
 
-        done = _load(training, path, tell)
+        done = _load(training, run, path, tell)
         done.position = _position_of(run, done)
         training.go_on_from(done)
         rows = _Rows(run, tell)
@@ -92,11 +93,14 @@ def replay(
     return rows.rows
 
 
-def _load(training: Training, path: Path | None, tell: Say) -> Outcome:
+def _load(training: Training, run: RunRecord, path: Path | None, tell: Say) -> Outcome:
     """Put the training where a checkpoint has it."""
     if path is None:
         tell("there is no checkpoint before that step: from the beginning")
         start_from(training)
+        known = (event["world_size"] for event in run.events if event["event"] == "start" and "world_size" in event)
+        if (num_ranks := next(known, training.world.size)) != training.world.size:
+            tell(_OTHERS.format(num_ranks))
         return Outcome()
     with open_whole(path, instead=weights_of(training.config)) as reader:
         kept = reader.extra
@@ -112,7 +116,7 @@ def _load(training: Training, path: Path | None, tell: Say) -> Outcome:
         elif reader.num_writers == training.world.size:
             tell("the checkpoint was brought in: random numbers (dropout's) are other ones here")
         else:
-            tell(f"the run had {reader.num_writers} processes: random numbers (dropout's) are other ones here")
+            tell(_OTHERS.format(reader.num_writers))
         return Outcome(reader.step, kept["samples"], position=(kept["position"][0], kept["position"][1]))
 
 

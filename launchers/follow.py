@@ -75,11 +75,14 @@ def standing(path: Path) -> Standing:
         where = f"job {queued.number}" + (f": {queued.reason}" if queued.reason else "")
         return Standing(state, where, _changed(queued, start, path), step, loss)
     holder = lease.live_holder(path)
+    is_alone = len(all_of_them) > len(started) and has_no_launcher(all_of_them[-1])
+    if holder is not None and is_alone:
+        return _of_one_process(path, step, loss, holder)
     if holder is not None or _is_alive(start):
         return Standing(RUNNING, where or holder or "", start.get("time", 0.0), step, loss)
     if (path / "result.json").exists():
         return Standing(FINISHED, where, (path / "result.json").stat().st_mtime, step, loss)
-    if all_of_them[len(started) :] and has_no_launcher(all_of_them[-1]):
+    if is_alone:
         return _of_one_process(path, step, loss)
     if end:
         return Standing(end["outcome"], where, end["time"], step, loss, end.get("cause"), end["code"])
@@ -112,10 +115,12 @@ def _changed(job: JobState, start: dict[str, Any], path: Path) -> float:
     return float(path.stat().st_mtime if job.is_waiting else start.get("time", path.stat().st_mtime))
 
 
-def _of_one_process(path: Path, step: int | None, loss: float | None) -> Standing:
-    """How a start without a launcher ended, by what it said last."""
+def _of_one_process(path: Path, step: int | None, loss: float | None, holder: str | None = None) -> Standing:
+    """How a start without a launcher stands, by who holds the run, or how it ended, by what it said last."""
     said = _last_row(path / "metrics.jsonl", lambda row: row.get("event") in ("start", "stop", "failure")) or {}
     since = _number(said.get("time"), path.stat().st_mtime)
+    if holder is not None:
+        return Standing(RUNNING, holder, since, step, loss)
     if said.get("event") == "failure":
         return Standing("failed", "", since, step, loss, str(said.get("text")), 1)
     if said.get("event") == "stop":

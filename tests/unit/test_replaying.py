@@ -47,6 +47,15 @@ def test_a_run_file_that_has_changed_since_is_told(trained: bigtrain.Run, tmp_pa
     assert said[-1] != said[1]
 
 
+def test_other_processes_are_told_where_it_begins_with_the_first_step(trained: bigtrain.Run) -> None:
+    (trained.path / "metrics.jsonl").write_text(
+        (trained.path / "metrics.jsonl").read_text().replace('"world_size":1', '"world_size":2', 1)
+    )
+    said: list[str] = []
+    replay(load_run(trained.path), 1, said.append)
+    assert said[1].startswith("the run had 2 processes: ")
+
+
 def test_another_step_than_the_runs_is_refused(trained: bigtrain.Run) -> None:
     with pytest.raises(RunFolderError, match="step 11 is none of the run's: it has 10"):
         replay(load_run(trained.path), 11, print)

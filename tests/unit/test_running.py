@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -387,13 +388,18 @@ def test_what_is_left_of_a_run_is_listed_and_shown(tmp_path):
 
 def test_how_a_start_without_a_launcher_stands_and_what_it_said(config):
     """It leaves no start.json and no end.json."""
+    running: list[Any] = []
 
     def broken(info: StepInfo) -> None:
+        running.append(standing(Path(config["run"]["dir"], "mine")))
         raise KeyError("of a hook")
 
     with pytest.raises(KeyError):
         train(config, hooks=[Hook(broken, every=4)])
     path = Path(config["run"]["dir"], "mine")
+    (found,) = running
+    assert (found.state, found.where) == ("running", f"process {os.getpid()} on {socket.gethostname()}")
+    assert time.time() - 60 < found.since < time.time()
     found = standing(path)
     assert (found.state, found.cause, found.step, found.code) == ("failed", "KeyError: 'of a hook'", 4, 1)
     said: list[str] = []
