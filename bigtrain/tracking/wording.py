@@ -35,7 +35,10 @@ def event(row: Mapping[str, Any]) -> str | None:
     if row["event"] == "checkpoint" and "bytes" in row:
         best = f", the best: {row['best'].partition(' at step')[0]}" if "best" in row else ""
         return f"step {row['step']}: checkpoint, {size(row['bytes'])} in {row['seconds']:.1f} s{best}"
-    if row["event"] in ("phase", "phase proved", "rollback", "spike", "warning", "early stop") and "text" in row:
+    if (
+        row["event"] in ("phase", "phase proved", "rollback", "spike", "warning", "early stop", "profile")
+        and "text" in row
+    ):
         return f"step {row['step']}: {row['event']}: {row['text']}"
     return None
 

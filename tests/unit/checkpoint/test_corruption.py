@@ -19,8 +19,8 @@ from bigtrain.checkpoint.shards import CHUNK
 from bigtrain.errors import CheckpointError, CorruptError, NoGoodError, ReadError
 from bigtrain.state import WEIGHT, whole
 from tests.helpers.checkpoints import assert_holds, cut, on_ranks, same_bits, saved, some_tensors
+from tests.helpers.faulty import FULL
 
-FULL = os.environ.get("BIGTRAIN_FAULTS") == "full"
 FLIPS, CUTS = (200, 50) if FULL else (20, 5)
 
 OLD, NEW = some_tensors(1), some_tensors(2)

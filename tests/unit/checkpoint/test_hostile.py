@@ -23,6 +23,7 @@ from bigtrain.checkpoint.shards import hash_of
 from bigtrain.errors import CheckpointError, CorruptError
 from bigtrain.state import whole
 from tests.helpers.checkpoints import cut, on_ranks, saved, some_tensors
+from tests.helpers.faulty import FULL
 
 TENSORS = some_tensors(3)
 SOURCES = sorted(Path(bigtrain.checkpoint.__file__).parent.glob("*.py"))
@@ -221,7 +222,7 @@ def test_headers_that_are_none_are_refused(path, text):
     assert_refused(path)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100_000 if FULL else 300, deadline=None)
 @given(st.data())
 def test_parsers_raise_nothing_but_a_value_error(data):
     """Bytes inserted, taken away and changed, in a manifest whose hash is right and in a header."""

@@ -32,6 +32,7 @@ from tests.helpers.checkpoints import (
     saved,
     some_tensors,
 )
+from tests.helpers.faulty import FULL
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool, torch.uint8]
 SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 5, 7, 11, 13]), max_size=3).map(tuple)
@@ -50,7 +51,7 @@ def states(draw):
     return tensors
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=1000 if FULL else 120)
 @given(states(), st.sampled_from(LAYOUTS), st.integers(1, 5), st.sampled_from(LAYOUTS), st.integers(1, 5))
 def test_any_layout_reads_what_any_other_wrote(tensors, source, writers, target, readers):
     with tempfile.TemporaryDirectory() as folder:

@@ -30,6 +30,8 @@ def traced(path: Path) -> list[dict[str, Any]]:
 def test_a_profile_of_some_steps(tmp_path: Path) -> None:
     run = bigtrain.train({**config(tmp_path), "profile": {"steps": [3, 6]}}, ["data.eval=none"])
     folder = run.path / "profile"
+    said = (run.path / "attempts" / "0" / "logs" / "rank-00000.stdout").read_text()
+    assert f"step 6: profile: steps 3 to 5, in {folder}\n" in said
     events = traced(folder / "rank-00000.pt.trace.json.gz")
     names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
     assert (names.count("step"), names.count("loss"), names.count("backward"), names.count("update")) == (3, 3, 3, 3)
