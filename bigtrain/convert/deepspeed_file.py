@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bigtrain.config.combinations import OURS, REFUSED
 from bigtrain.convert.found import Found, is_number, read_as, section
 
 _AUTO = "auto is filled in by transformers; give the value itself"
@@ -19,6 +20,7 @@ _NO_MEANING = {
     "zero_allow_untested_optimizer": "every optimizer here was tested with ZeRO",
     "zero_force_ds_cpu_optimizer": "the optimizer is torch's",
 }
+_CONVERTED = (*_SECTIONS, *_BATCHES, "gradient_clipping")
 _ZERO_OWN = ("stage", "offload_optimizer", "offload_param")
 
 
@@ -43,8 +45,30 @@ def from_deepspeed(values: Mapping[str, Any], found: Found, processes: int) -> N
     for key, value in values.items():
         if key in _NO_MEANING:
             found.leave(key, _NO_MEANING[key])
-        elif key not in (*_SECTIONS, *_BATCHES, "gradient_clipping"):
+        elif key in ("tensorboard", "wandb"):
+            _tracker(key, section(values, key), found)
+        elif key in OURS.keys() | REFUSED.keys() and key not in _CONVERTED:
+            found.leave(key, _why_not(key))
+        elif key not in _CONVERTED:
             found.values["engine"].setdefault("deepspeed", {}).setdefault("extra", {})[key] = value
+
+
+def _why_not(key: str) -> str:
+    """Why a key cannot be handed on to DeepSpeed."""
+    return f"{OURS[key]} says it here" if key in OURS else REFUSED[key]
+
+
+def _tracker(key: str, asked: Mapping[str, Any], found: Found) -> None:
+    """What DeepSpeed itself would log to; there is one that logs everything."""
+    if not _enabled(asked):
+        return
+    if key == "tensorboard":
+        found.put("track.tensorboard", True)
+    for theirs, ours in (("project", "project"), ("team", "entity"), ("group", "group")):
+        if key == "wandb" and asked.get(theirs):
+            found.put(f"track.wandb.{ours}", asked[theirs])
+    for other in asked.keys() - {"enabled", "project", "team", "group"}:
+        found.leave(f"{key}.{other}", "it lies in the run folder, under the run's name")
 
 
 def _enabled(section: Any) -> bool:
@@ -85,6 +109,9 @@ def _zero(zero: Mapping[str, Any], found: Found) -> None:
     for key, value in zero.items():
         if value == "auto":
             found.leave(f"zero_optimization.{key}", _AUTO)
+        elif (whole := f"zero_optimization.{key}") in REFUSED:
+            found.leave(whole, _why_not(whole))
+            extra.pop(key)
     if "stage3_gather_16bit_weights_on_model_save" in extra:
         extra.pop("stage3_gather_16bit_weights_on_model_save")
         found.leave("zero_optimization.stage3_gather_16bit_weights_on_model_save", "checkpoints fit every engine")

@@ -21,7 +21,7 @@ FLOORS = {
     "bigtrain.terminal": 0,
     "bigtrain.beats": 1,
     "bigtrain.config": 1,
-    "bigtrain.convert": 1,
+    "bigtrain.convert": 2,
     "bigtrain.early": 1,
     "bigtrain.lease": 1,
     "bigtrain.named": 1,

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from bigtrain.config.combinations import clashes
 from bigtrain.config.keys import all_keys
 from bigtrain.config.loader import from_dict, load
 from bigtrain.config.starting_files import KINDS, starting_file
@@ -143,6 +144,28 @@ def test_deepspeed(tmp_path: Path) -> None:
         "scheduler.params.warmup_type",
         "steps_per_print",
     }
+
+
+def test_what_cannot_be_handed_on_to_deepspeed_is_not(tmp_path: Path) -> None:
+    """The run file is taken as it comes out, and says of every key that it leaves out why."""
+    values = {
+        **{key: value for key, value in DEEPSPEED.items() if key != "zero_optimization"},
+        "zero_optimization": {"stage": 2, "round_robin_gradients": True, "overlap_comm": True},
+        "prescale_gradients": False,
+        "communication_data_type": "fp16",
+        "tensorboard": {"enabled": True, "output_path": "logs"},
+        "wandb": {"enabled": True, "project": "mine", "team": "ours"},
+        "zero_allow_untested_optimizer": True,
+    }
+    found, config = converted(tmp_path, "ds.json", values)
+    assert [clash.text for clash in clashes(config, launched=False)] == []
+    assert config.track.tensorboard
+    assert (config.track.wandb.project, config.track.wandb.entity) == ("mine", "ours")
+    assert set(found.left) >= {
+        *("zero_optimization.round_robin_gradients", "prescale_gradients", "communication_data_type"),
+        *("tensorboard.output_path", "zero_allow_untested_optimizer"),
+    }
+    assert config.engine.deepspeed.extra["zero_optimization"] == {"overlap_comm": True}
 
 
 def test_what_is_left_out_of_a_configuration_is_its_librarys_default(tmp_path: Path) -> None:
