@@ -209,7 +209,7 @@ def claim(folder: str | Path, name: str) -> Path:
     made = [path, path / _ATTEMPTS]
     try:
         (path / _ATTEMPTS).mkdir(parents=True, exist_ok=True)
-        number = len(attempts(path)) and int(attempts(path)[-1].name) + 1
+        number = max((int(earlier.name) + 1 for earlier in attempts(path)), default=0)
         if number:
             lease.await_claim(path, number - 1)
             _check_not_live(path)
