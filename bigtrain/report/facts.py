@@ -166,16 +166,34 @@ def config_table(run: RunRecord) -> str:
 def machine_table(run: RunRecord) -> str:
     """The code, the packages and the machine, where the run folder tells them."""
     folder = run.path / "repro"
-    machine = read_json(folder / "machine.json")
-    rows = [(key.replace("_", " "), _words(value)) for key, value in machine.items() if value not in (None, "", [])]
-    table = "".join(f'<tr><td class="name">{escape(key)}</td><td>{escape(value)}</td></tr>' for key, value in rows)
-    extra = ""
-    for name, title in (("diff.patch", "changes that were not committed"), ("packages.txt", "packages")):
-        text = _text(folder / name)
-        if text.strip():
-            cut = text if len(text) < 100_000 else text[:100_000] + "\n…"
-            extra += f"<details><summary>{title}</summary><pre>{escape(cut)}</pre></details>"
-    return f"<table>{table}</table>{extra}" if table or extra else ""
+    first = read_json(folder / "machine.json")
+    rows = [(key, value) for key, value in first.items() if value not in (None, "", [])]
+    extra = [
+        _unfolded("changes that were not committed", _text(folder / "diff.patch")),
+        _unfolded("packages", _text(folder / "packages.txt")),
+    ]
+    later = [(int(path.name[8:]), path) for path in folder.glob("attempt-*") if path.name[8:].isdecimal()]
+    for attempt, place in sorted(later):  # what is otherwise than in the first start
+        start = f"start {attempt + 1}"
+        machine = read_json(place / "machine.json")
+        rows += [(f"{start}: {key}", value) for key, value in machine.items() if value != first.get(key)]
+        extra.append(_unfolded(f"{start}: changes that were not committed", _text(place / "diff.patch")))
+        packages = set(_text(folder / "packages.txt").splitlines())
+        others = [line for line in _text(place / "packages.txt").splitlines() if line not in packages]
+        extra.append(_unfolded(f"{start}: packages that were others", "\n".join(others)))
+    table = "".join(
+        f'<tr><td class="name">{escape(key.replace("_", " "))}</td><td>{escape(_words(value))}</td></tr>'
+        for key, value in rows
+    )
+    return f"<table>{table}</table>{''.join(extra)}" if table or any(extra) else ""
+
+
+def _unfolded(title: str, text: str) -> str:
+    """A long text under a title that opens it; nothing where there is none."""
+    if not text.strip():
+        return ""
+    cut = text if len(text) < 100_000 else text[:100_000] + "\n…"
+    return f"<details><summary>{title}</summary><pre>{escape(cut)}</pre></details>"
 
 
 def _words(value: Any) -> str:

@@ -231,6 +231,22 @@ def test_comparing_shows_differences_first_and_marks_the_best(tmp_path: Path) ->
     assert page.count("figure", "chart") >= 4
 
 
+def test_what_later_starts_ran_with_is_told(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "it", steps=100)
+    first = json.loads((folder / "repro/machine.json").read_text())
+    packages = (folder / "repro/packages.txt").read_text()
+    for attempt, commit in ((1, "0ddc0de"), (10, "c0ffee")):
+        later = folder / f"repro/attempt-{attempt}"
+        later.mkdir()
+        (later / "machine.json").write_text(json.dumps({**first, "commit": commit}))
+    (later / "packages.txt").write_text(packages + "another==1.2.3\n")
+    (later / "diff.patch").write_text("+ what was added")
+    text = Page(report(load_run(folder))).text
+    assert re.search(r"start 2: commit\s+0ddc0de\s+start 11: commit\s+c0ffee", text)
+    assert re.search(r"start 11: changes that were not committed\s+\+ what was added", text)
+    assert re.search(r"start 11: packages that were others\s+another==1.2.3\s", text)
+
+
 def test_how_much_was_measured_is_no_score(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "it", steps=100)
     with (folder / "metrics.jsonl").open("a") as file:
