@@ -176,6 +176,8 @@ def print_logs(path: Path, say: Callable[[str], None], *, rank: int = 0) -> None
     found = standing(path)
     if found.state == WAITING:
         say(f"waiting in the queue: {found.where}")
+    elif found.state == NOT_BEGUN:
+        say(f"{path} has not begun: nothing has been printed yet")
 
 
 def follow(path: Path, say: Callable[[str], None], *, job: str | None = None, rank: int = 0) -> int:

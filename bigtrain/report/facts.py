@@ -174,7 +174,7 @@ def machine_table(run: RunRecord) -> str:
     ]
     later = [(int(path.name[8:]), path) for path in folder.glob("attempt-*") if path.name[8:].isdecimal()]
     for attempt, place in sorted(later):  # what is otherwise than in the first start
-        start = f"start {attempt + 1}"
+        start = f"start {attempt}"
         machine = read_json(place / "machine.json")
         rows += [(f"{start}: {key}", value) for key, value in machine.items() if value != first.get(key)]
         extra.append(_unfolded(f"{start}: changes that were not committed", _text(place / "diff.patch")))
@@ -247,7 +247,7 @@ def _happened(event: Mapping[str, Any]) -> str:
         world = int(event.get("world_size", 1))
         processes = "1 process" if world == 1 else f"{world} processes"
         where = f"{event['engine']}, {processes}" if "engine" in event else ""
-        verb = f"start {int(attempt) + 1}, going on from step {event['step']:,}" if event["step"] else "start"
+        verb = f"start {attempt}" + (f", going on from step {event['step']:,}" if event["step"] else "")
         return f"{verb}: {where}" if where else verb
     if kind == "checkpoint":
         best = f", the best: {event['best']}" if "best" in event else ""

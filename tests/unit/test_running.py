@@ -380,10 +380,10 @@ def test_what_is_left_of_a_run_is_listed_and_shown(tmp_path):
     """As by every other command, which take a folder with a run file or numbers for a run."""
     (tmp_path / "half").mkdir()
     (tmp_path / "half/config.yaml").write_text("task: classification\n")
-    for command in (["list"], ["show", "half"]):
+    for command in (["list"], ["show", "half"], ["logs", "half"]):
         shown = CliRunner().invoke(app, ["runs", *command, f"--dir={tmp_path}"])
         assert shown.exit_code == 0
-        assert re.search("half.*not begun", shown.output)
+        assert re.search("half.* not begun", shown.output)
 
 
 def test_how_a_start_without_a_launcher_stands_and_what_it_said(config):

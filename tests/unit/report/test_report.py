@@ -70,7 +70,7 @@ def test_everything_of_a_finished_run_is_there(folder: Path) -> None:
     assert titles == [*expected, "time of a step"]
     assert page.count("figure", "chart") == 7
     assert "went on from step 700" in page.text
-    assert "start 2, going on from step 700: fsdp, 2 processes" in page.text
+    assert "start 1, going on from step 700: fsdp, 2 processes" in page.text
     assert "taken for" in str(page.elements)
     assert page.count("td", "strong") == 10
     assert page.count("img") == 1
@@ -242,9 +242,9 @@ def test_what_later_starts_ran_with_is_told(tmp_path: Path) -> None:
     (later / "packages.txt").write_text(packages + "another==1.2.3\n")
     (later / "diff.patch").write_text("+ what was added")
     text = Page(report(load_run(folder))).text
-    assert re.search(r"start 2: commit\s+0ddc0de\s+start 11: commit\s+c0ffee", text)
-    assert re.search(r"start 11: changes that were not committed\s+\+ what was added", text)
-    assert re.search(r"start 11: packages that were others\s+another==1.2.3\s", text)
+    assert re.search(r"start 1: commit\s+0ddc0de\s+start 10: commit\s+c0ffee", text)
+    assert re.search(r"start 10: changes that were not committed\s+\+ what was added", text)
+    assert re.search(r"start 10: packages that were others\s+another==1.2.3\s", text)
 
 
 def test_how_much_was_measured_is_no_score(tmp_path: Path) -> None:
