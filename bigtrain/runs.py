@@ -176,6 +176,8 @@ def check_free(folder: str | Path, name: str, allowed: Allowed = Allowed()) -> N
         raise _taken(path, f"the run {name} is finished: {_summary(path)}", way_on)
     # Also without its config.yaml: a new run's checkpoints must not mix with those that are there.
     has_begun = CONFIG in held or (_ATTEMPTS in held and any(checkpoints_of(path).glob("*")))
+    if held == [checkpoints_of(path).name]:  # brought in, as by `bigtrain ckpt import`, for this run to go on from
+        has_begun = any(checkpoints_of(path).glob("step-*/manifest.json"))
     if has_begun and not allowed.unfinished:
         raise _taken(path, f"the run {name} has begun and not finished", "set checkpoint.resume=auto to go on")
     if has_begun:

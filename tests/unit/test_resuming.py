@@ -315,9 +315,15 @@ def test_what_bigtrain_exported_goes_on_when_it_is_brought_back(tmp_path, capsys
         export(reader, tmp_path / "all.pt", "torch")
     shutil.rmtree(run.path / "checkpoints")
     bring_in(tmp_path / "all.pt", run.path / "checkpoints", "torch")
+    # Elsewhere, there is nothing of the run but what was brought.
+    elsewhere = bring_in(tmp_path / "all.pt", run.path.with_name("elsewhere") / "checkpoints", "torch").parents[1]
+    with pytest.raises(RunFolderError, match="has begun and not finished"):
+        bigtrain.train(values, ["run.name=elsewhere", "checkpoint.resume=never"])
     run = bigtrain.train(values, ["track.progress=plain"])
     assert "the checkpoint was brought in: random numbers (dropout's) are drawn anew" in capsys.readouterr().out
     assert losses(run) == losses(whole)
+    assert bigtrain.train(values, ["run.name=elsewhere"]).path == elsewhere
+    assert losses(elsewhere) == [row for row in losses(whole) if row[0] > 5]
 
 
 def test_arguments_that_ask_for_a_state_that_was_never_kept_are_refused(tmp_path):
