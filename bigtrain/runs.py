@@ -174,17 +174,15 @@ def check_free(folder: str | Path, name: str, allowed: Allowed = Allowed()) -> N
         more = "give eval.early_stop more patience" if is_early else "raise train.steps or train.epochs"
         way_on = f"{more} to go on" if allowed.unfinished else f"set checkpoint.resume=auto to go on, and {more}"
         raise _taken(path, f"the run {name} is finished: {_summary(path)}", way_on)
-    # Also without its config.yaml: a new run's checkpoints must not mix with those that are there.
-    has_begun = CONFIG in held or (_ATTEMPTS in held and any(checkpoints_of(path).glob("*")))
-    if held == [checkpoints_of(path).name]:  # brought in, as by `bigtrain ckpt import`, for this run to go on from
-        has_begun = any(checkpoints_of(path).glob("step-*/manifest.json"))
+    # Also without its config.yaml: a new run's checkpoints must not mix with those that are there, or were brought in.
+    is_alone = held == ["checkpoints"] and any(path.glob("checkpoints/step-*/manifest.json"))
+    has_begun = CONFIG in held or is_alone or (_ATTEMPTS in held and any(checkpoints_of(path).glob("*")))
     if has_begun and not allowed.unfinished:
         raise _taken(path, f"the run {name} has begun and not finished", "set checkpoint.resume=auto to go on")
     if has_begun:
         if not os.access(path, os.W_OK | os.X_OK):
             raise RunFolderError(f"no permission to write in {path}", remedy="set run.dir to a folder of your own")
-        return
-    if held and _ATTEMPTS not in held:
+    elif held and _ATTEMPTS not in held:
         raise _taken(path, f"{path} is not the folder of a run: it holds {', '.join(held[:5])}")
 
 
