@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import secrets
 import signal
 import struct
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
-WATCH_VARIABLE = "BIGTRAIN_WATCH"
+WATCH_VARIABLE, STEPS_VARIABLE = "BIGTRAIN_WATCH", "BIGTRAIN_STEPS"
 
 # How often a rank speaks, in seconds: what is found out by silence takes a few of these.
 INTERVAL_S = 0.5
@@ -38,29 +38,43 @@ STARTING, DATA, TRAINING, EVALUATING, SAVING, FINISHING = (
 )
 
 
-def step_file(attempt: Path, rank: int) -> Path:
-    """Where a rank keeps how many steps it has taken: it is there still when the rank was killed without a word."""
-    return attempt / "steps" / f"rank-{rank:05d}"
+class Steps:
+    """How many steps each rank has taken, as the launcher sees it: also of a rank that was killed without a word.
+
+    It is memory that ranks of the same machine write to, and no file: a step never waits for a disk. Ranks find it by
+    BIGTRAIN_STEPS; of those on other machines it knows nothing.
+    """
+
+    def __init__(self, num_ranks: int) -> None:
+        name = f"bigtrain-{secrets.token_hex(8)}"
+        self._file = os.memfd_create(name)
+        os.ftruncate(self._file, num_ranks * _STEP.size)
+        self.address = f"/proc/{os.getpid()}/fd/{self._file}:{name}"
+
+    def largest(self) -> int | None:
+        """The most that any rank has taken; None where none ever said."""
+        taken = os.pread(self._file, os.fstat(self._file).st_size, 0)
+        return max((taken for (taken,) in _STEP.iter_unpack(taken) if taken), default=None)
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        os.close(self._file)
 
 
-def write_step(memory: mmap.mmap, step: int) -> None:
-    """Note how many steps have been taken, in memory that is the file's."""
-    _STEP.pack_into(memory, 0, step)
+def write_step(memory: mmap.mmap, rank: int, step: int) -> None:
+    """Note how many steps a rank has taken, in the memory of `Steps`."""
+    _STEP.pack_into(memory, rank * _STEP.size, step)
 
 
-def map_step(path: Path) -> mmap.mmap:
-    """The memory of a new step file."""
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w+b") as file:
-        file.truncate(_STEP.size)
-        return mmap.mmap(file.fileno(), _STEP.size)
-
-
-def read_step(path: Path) -> int | None:
-    """How many steps a rank had taken; None where it never said."""
+def map_steps() -> mmap.mmap | None:
+    """The memory of the launcher's `Steps`; None where it has none, or is on another machine."""
+    path, _, name = os.environ.get(STEPS_VARIABLE, "").rpartition(":")
     try:
-        return int(_STEP.unpack(path.read_bytes())[0])
-    except (OSError, struct.error):
+        if not name or name not in os.readlink(path):  # on another machine the path may be anybody's
+            return None
+        with open(path, "r+b") as file:
+            return mmap.mmap(file.fileno(), 0)
+    except (OSError, ValueError):
         return None
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from bigtrain import runs
-from bigtrain.beats import AGAIN, WATCH_VARIABLE, read_step, step_file
+from bigtrain.beats import AGAIN, STEPS_VARIABLE, WATCH_VARIABLE, Steps
 from bigtrain.early import Wishes
 from bigtrain.errors import TrainingError, UserError
 from bigtrain.failures import read_errors
@@ -133,16 +132,20 @@ class Supervisor:
         plan = self._plan
         before = newest_step(attempt)
         note_start(attempt, {**self._place, "processes": plan.num_processes})
-        with Watch(
-            self._starter.address(),
-            plan.num_processes,
-            hang_timeout_s=plan.hang_timeout_s,
-            startup_timeout_s=plan.startup_timeout_s,
-        ) as watch:
+        with (
+            closing(Steps(plan.num_processes)) as steps,
+            Watch(
+                self._starter.address(),
+                plan.num_processes,
+                hang_timeout_s=plan.hang_timeout_s,
+                startup_timeout_s=plan.startup_timeout_s,
+            ) as watch,
+        ):
             environment = {
                 **plan.environment,
                 ATTEMPT_VARIABLE: str(attempt),
                 WATCH_VARIABLE: str(watch.address),
+                STEPS_VARIABLE: steps.address,
                 "PYTHONUNBUFFERED": "1",
             }
             count = f"{plan.num_processes} process{'es' if plan.num_processes > 1 else ''}"
@@ -155,9 +158,7 @@ class Supervisor:
             finally:
                 ranks.kill()
                 ranks.close()
-        known = [read_step(step_file(attempt, rank)) for rank in range(plan.num_processes)]
-        step = max((step for step in known if step is not None), default=None)
-        shutil.rmtree(attempt / "steps", ignore_errors=True)
+            step = max(filter(None, (steps.largest(), watch.step)), default=None)
         ends = [end for end in ends or ranks.ends() if end.code or end.rank in early]
         ends += [RankEnd(rank, 0, is_told=False) for rank in sorted(gone) if ranks.is_silent_about(rank)]
         if code == 0:  # all of them ended so

@@ -141,15 +141,21 @@ class Background:
             return
         free = self._files.free_memory()
         if free is not None and missing > free * _SHARE_OF_MEMORY:
-            _log.warning(
-                "rank %d: a copy of the state needs %s bytes of host memory, and %s are free: "
-                "the training waits while checkpoints are written",
-                *(self._world.rank, f"{num_bytes:,}", f"{free:,}"),
-            )
+            self._say_that_it_does_not_fit(num_bytes, f"and {free:,} are free")
             return
         is_pinned = self._world.device.type == "cuda"
         self._buffer = torch.empty(0, dtype=torch.uint8)  # let go of the smaller one first
-        self._buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_pinned).zero_()
+        try:
+            self._buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_pinned).zero_()
+        except RuntimeError as error:  # a system may allow less of it to be pinned, or to one process
+            self._say_that_it_does_not_fit(num_bytes, f"which cannot be had ({str(error).partition(chr(10))[0]})")
+
+    def _say_that_it_does_not_fit(self, num_bytes: int, why: str) -> None:
+        _log.warning(
+            "rank %d: a copy of the state needs %s bytes of host memory, %s: "
+            "the training waits while checkpoints are written",
+            *(self._world.rank, f"{num_bytes:,}", why),
+        )
 
     def start(
         self, step: int, state: EngineState, *, extra: Mapping[str, Any], own: Mapping[str, Any] | None = None

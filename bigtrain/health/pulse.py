@@ -15,16 +15,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
-from bigtrain.beats import FINISHING, INTERVAL_S, STARTING, Address, Beat, map_step, step_file, write_step
+from bigtrain.beats import FINISHING, INTERVAL_S, STARTING, Address, Beat, map_steps, write_step
 from bigtrain.dist import World
 from bigtrain.protocols import Batch, LossSum, Task
-from bigtrain.runs import ATTEMPT_VARIABLE, RunFolder
+from bigtrain.runs import RunFolder
 
 # Steps over which a rank's own time is taken: the middle one of them, so that one that was disturbed does not count.
 _WINDOW = 12
@@ -50,11 +49,12 @@ class Pulse:
         self.phase = STARTING
         self._own_s = 0.0
         self._memory: mmap.mmap | None = None
+        self._rank = 0
         self._own_ms: deque[float] = deque(maxlen=_WINDOW)
 
-    def keep_step_in(self, path: Path) -> None:
-        """Keep the number of steps in a file as well."""
-        self._memory = map_step(path)
+    def keep_step_in(self, memory: mmap.mmap | None, rank: int) -> None:
+        """Keep the number of steps in the launcher's memory as well."""
+        self._memory, self._rank = memory, rank
 
     def beat(self) -> None:
         """Note that something was done."""
@@ -68,7 +68,7 @@ class Pulse:
         """Note that a step is complete."""
         self.step = step
         if self._memory is not None:
-            write_step(self._memory, step)
+            write_step(self._memory, self._rank, step)
         self._own_ms.append(self._own_s * 1000)
         self._own_s = 0.0
 
@@ -143,9 +143,7 @@ def told(pulse: Pulse, world: World) -> Iterator[None]:
     if address is None:
         yield
         return
-    attempt = os.environ.get(ATTEMPT_VARIABLE)
-    if attempt is not None:
-        pulse.keep_step_in(step_file(Path(attempt), world.rank))
+    pulse.keep_step_in(map_steps(), world.rank)
     teller = _Teller(pulse, world, address)
     teller.start()
     try:

@@ -147,6 +147,15 @@ def test_memory_that_was_reserved_is_what_is_used(tmp_path):
     assert background._buffer.data_ptr() == before
 
 
+def test_memory_that_the_system_refuses_is_said_and_checkpoints_are_written(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(Files, "free_memory", lambda files: None)
+    background = Background(World(), tmp_path)
+    background.reserve(1 << 60)
+    assert "1,152,921,504,606,846,976 bytes of host memory, which cannot be had (" in caplog.text
+    background.start(1, cut("rows", some_tensors(), 1)[0], extra={})
+    assert verify(background.wait()).is_good
+
+
 @pytest.mark.parametrize("operation", ["mkdir", "create", "write", "sync", "rename", "sync folder", None])
 def test_a_kill_leaves_the_old_or_the_new(tmp_path, operation):
     """While it is copied (None), while it is written, before and after it is committed."""
