@@ -155,6 +155,7 @@ class Loop:
         self._spikes = spikes or SpikeWatch(None)
         self.spike: Spike | None = None
         self._meter = Meter(world)
+        self._numbers_of_hooks: dict[str, float] = {}
         self._saver = saver or SavesNothing()
         self._goals = goals or Goals(world)
         self._doubts = Doubts(world)
@@ -308,6 +309,7 @@ class Loop:
             info.is_last = self._is_done() or self._ends_phase()
             for hook in due:
                 hook.call(info)
+            self._numbers_of_hooks.update(info.numbers)
             if info.stop_requested:
                 self._agreement.wish_to_stop()
             if info.save_requested:
@@ -330,7 +332,9 @@ class Loop:
             "grad_norm": norm,
             "lr": [lr * lr_scale for lr in dict.fromkeys(self._base_lrs)],  # groups of one rate keep one rate
             **self._meter.row(is_last=is_last),
+            **self._numbers_of_hooks,
         }
+        self._numbers_of_hooks = {}
         self._tell(row)
 
     def _tell(self, row: dict[str, Any]) -> None:

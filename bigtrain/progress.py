@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from bigtrain.engines.sums import StepResult
+from bigtrain.errors import TrainingError
 from bigtrain.goals import Standing
 from bigtrain.protocols import Batch, LossSum, Task
 
@@ -24,6 +25,7 @@ class StepInfo:
         lr: The rate of each optimizer group in this step.
         evaluation: The evaluation made after this step, if there was one.
         is_last: Whether the run, or a phase of its freeze plan, ends with this step.
+        numbers: What is in the next line of numbers besides, by name.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class StepInfo:
         self.is_last = False
         self.stop_requested = False
         self.save_requested = False
+        self.numbers: dict[str, float] = {}
 
     @property
     def loss(self) -> float:
@@ -57,6 +60,24 @@ class StepInfo:
     def save(self) -> None:
         """Ask all ranks to save a checkpoint at the next step boundary."""
         self.save_requested = True
+
+    def log(self, numbers: Mapping[str, float]) -> None:
+        """Have numbers of one's own in the next line: in metrics.jsonl, W&B and TensorBoard. Those of rank 0 count.
+
+        Args:
+            numbers: By name, as `mine/entropy`: with a slash, and neither `train/` nor `eval/` before it.
+
+        Raises:
+            TrainingError: Where a name is another one, or what it names is no number.
+        """
+        for name, number in numbers.items():
+            if "/" not in name or name.startswith(("train/", "eval/")):
+                raise TrainingError(f"{name!r} may not be logged", remedy="give it a name of your own: mine/<name>")
+            try:
+                self.numbers[name] = float(number)
+            except (TypeError, ValueError, RuntimeError) as error:
+                problem = f"{name} is a {type(number).__name__}, which is no number"
+                raise TrainingError(problem, remedy="log single numbers, as loss.item()") from error
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from bigtrain.config.schema import Config, TensorBoard
-from bigtrain.progress import Hook
+from bigtrain.progress import Hook, StepInfo
+from bigtrain.tracking.communication import Communication
 from bigtrain.tracking.graph import GraphRecorder, write_graph
 from bigtrain.tracking.histograms import histograms
 from bigtrain.tracking.profiling import Profiler, name_parts
@@ -38,6 +39,11 @@ class Watching:
             self._profiler = profiler = Profiler(folder, training.world, asked.steps[0], asked.steps[1], tell)
             profiler.at(done)
             self.hooks.append(Hook(lambda info: profiler.at(info.step)))
+        self._communication: Communication | None = None
+        between = training.config.track.communication_every
+        if between is not None and training.world.size > 1 and training.world.is_main:
+            self._communication = Communication(training.world, between)
+            self.hooks.append(Hook(self._measure))
         every = histograms_every(training.config)
         if every is not None:
             self.hooks.append(Hook(lambda info: self._count(info.step), every=every))
@@ -46,8 +52,15 @@ class Watching:
         found = histograms(self._training.engine.state().pieces, self._training.world)
         self._tell({"step": step, "histograms": found})
 
+    def _measure(self, info: StepInfo) -> None:
+        seconds = self._communication.at(info.step) if self._communication else None
+        if seconds is not None:
+            info.numbers["communication_s"] = seconds
+
     def close(self) -> None:
         """Write what there is of a profile."""
+        if self._communication is not None:
+            self._communication.close()
         if self._profiler is not None:
             self._profiler.close()
 

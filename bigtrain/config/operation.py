@@ -232,6 +232,9 @@ class Track(Section):
     log_every: PositiveInt = 10
     """Optimizer steps between two lines of the log and of metrics.jsonl."""
 
+    communication_every: PositiveInt | None = None
+    """Measure how long one step in so many only communicates, under torch's profiler, on rank 0; null: never."""
+
     progress: Literal["auto", "bar", "plain", "none"] = "auto"
     """What the terminal shows; auto draws a live view on a terminal and writes plain lines elsewhere."""
 

@@ -11,7 +11,6 @@ is there: the functions are wrapped only where one is asked for.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bigtrain.dist import World
+from bigtrain.tracking.communication import COMMUNICATION
 
 _ROWS = 40
 _MEMORY_EVENTS = 100_000
-_COMMUNICATION = re.compile(r"nccl|gloo|c10d::|all_?reduce|all_?gather|reduce_?scatter|broadcast", re.IGNORECASE)
 # What profilers count around operations, and not as one of their own.
 _NO_OPERATION = ("ProfilerStep", "cudaDeviceSynchronize", "step", "loss", "backward", "update")
 
@@ -119,7 +118,7 @@ def communication_share(averages: Any, *, on_cuda: bool) -> float:
         if average.key not in _NO_OPERATION
     }
     whole = sum(times.values())
-    spoken = sum(value for key, value in times.items() if _COMMUNICATION.search(key))
+    spoken = sum(value for key, value in times.items() if COMMUNICATION.search(key))
     return round(spoken / whole, 4) if whole else 0.0
 
 

@@ -35,6 +35,7 @@ from bigtrain.errors import (
     OutOfMemoryError,
     PatternError,
     RunFolderError,
+    TrainingError,
     UserError,
 )
 from bigtrain.progress import Hook, StepInfo
@@ -320,6 +321,33 @@ class Unmeasured(Regression):
 
     def metrics(self) -> Any:
         return self._metrics()
+
+
+def test_a_hooks_own_numbers_are_in_the_next_line(config):
+    """Also those of steps between two lines; of one name the last one counts."""
+    run = train(
+        config,
+        ["track.log_every=2", "train.steps=6"],
+        hooks=lambda info: info.log({"mine/step": torch.tensor(info.step), f"mine/{info.step % 2}": 0.5}),
+    )
+    rows = {row["step"]: {name: row[name] for name in row if name.startswith("mine/")} for row in run.history()}
+    assert rows[4] == {"mine/step": 3.0, "mine/0": 0.5, "mine/1": 0.5}
+    assert rows[2] == {"mine/step": 1.0, "mine/1": 0.5}
+    assert bigtrain.load_run(run.path).metrics["mine/step"][1].tolist() == [1.0, 3.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "problem"),
+    [
+        ({"loss": 1.0}, "'loss' may not be logged"),
+        ({"eval/mine": 1.0}, "'eval/mine' may not be logged"),
+        ({"mine/it": "much"}, "mine/it is a str"),
+        ({"mine/it": torch.ones(2)}, "mine/it is a Tensor"),
+    ],
+)
+def test_what_a_hook_may_not_log(config, numbers, problem):
+    with pytest.raises(TrainingError, match=re.escape(problem)):
+        train(config, hooks=lambda info: info.log(numbers))
 
 
 def test_a_hook_alone_is_a_hook(config):
