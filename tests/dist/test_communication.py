@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from bigtrain.tasks.classification import Classification
 from bigtrain.tracking.reading import read_rows
 from tests.helpers.distributed import run_distributed
 
-LATE_S = 0.1
+LATE_S = 0.2
 
 
 class Late(Classification):
@@ -31,13 +31,11 @@ class Late(Classification):
 
 
 def train(folder: str, name: str, engine: str, late_s: float) -> None:
-    import os
-
     run = {
         "run": {"dir": folder, "name": name, "threads": 1},
         "model": "simple_cnn",
         "data": {"name": "synthetic", "args": {"kind": "classification", "samples": 64}, "batch_size": 8, "eval": "none"},
-        "train": {"steps": 24},
+        "train": {"steps": 12},
         "engine": {"name": engine, "device": "cpu"},
         "checkpoint": {"every_steps": None, "at_end": False},
         "track": {"log_every": 1, "communication_every": 6, "wandb": "disabled", "progress": "none", "report": False},
@@ -51,7 +49,7 @@ def test_waiting_for_a_late_rank_is_communication(tmp_path: Path, engine: str) -
     for name, late_s in (("late", LATE_S), ("even", 0.0)):
         run_distributed(train, 2, str(tmp_path), name, engine, late_s)
         rows = [row for row in read_rows(tmp_path / name) if "communication_s" in row]
-        assert [row["step"] for row in rows] == [4, 10, 16, 22]  # the line after the step that was measured
-        found[name] = statistics.median(row["communication_s"] for row in rows)
-    assert 0.9 * LATE_S < found["late"] < 3 * LATE_S
+        assert [row["step"] for row in rows] == [4, 10]  # the line after the step that was measured
+        found[name] = min(row["communication_s"] for row in rows)  # on a busy machine both wait now and then
+    assert 0.9 * LATE_S < found["late"] < 10 * LATE_S
     assert 0 < found["even"] < 0.5 * LATE_S
