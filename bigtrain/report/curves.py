@@ -12,10 +12,15 @@ from bigtrain.report.charts import Chart, Line, Mark
 from bigtrain.report.words import num_bytes, number, seconds
 from bigtrain.tracking.reading import Metrics, RunRecord, Series
 
-_STEP_PARTS = (("compute_s", "compute", 1), ("data_wait_s", "waiting for data", 2), ("save_s", "waiting for saves", 3))
+_STEP_PARTS = (
+    ("compute_s", "compute", 1),
+    ("data_wait_s", "waiting for data", 2),
+    ("save_s", "waiting for saves", 3),
+    ("communication_s", "communication alone, of compute", 4),
+)
 # Shown in charts of their own, or not at all.
 _KNOWN = {"loss", "epoch", "time", "samples", "grad_norm", "samples_per_s", "tokens_per_s", "mfu", "step_s"}
-_NOT_DRAWN = {"peak_memory_rank", "longest_data_wait_s", "longest_data_wait_rank", "communication_s"}
+_NOT_DRAWN = {"peak_memory_rank", "longest_data_wait_s", "longest_data_wait_rank"}
 
 
 def charts_of(run: RunRecord) -> list[Chart]:
