@@ -85,6 +85,18 @@ def test_the_spike_is_drawn(folder: Path) -> None:
     assert float(x) == pytest.approx(500, abs=1)  # step 1000 of 2000
 
 
+def test_communication_and_numbers_of_ones_own_are_drawn(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "it", steps=200)
+    with (made / "metrics.jsonl").open("a") as file:
+        for step in (201, 202):
+            numbers = {"loss": 0.1, "compute_s": 0.028, "communication_s": 0.011, "mine/entropy": 0.7 * step}
+            file.write(json.dumps({"step": step, **numbers}) + "\n")
+    page = Page(report(load_run(made)))
+    assert "communication alone, of compute" in page.text
+    assert "11 ms" in page.text
+    assert "mine/entropy" in page.text
+
+
 def test_training_time_leaves_out_what_lies_between_starts(folder: Path) -> None:
     assert "1 min 00 s" in Page(report(load_run(folder))).text
 
