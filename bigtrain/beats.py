@@ -42,23 +42,28 @@ class Steps:
     """How many steps each rank has taken, as the launcher sees it: also of a rank that was killed without a word.
 
     It is memory that ranks of the same machine write to, and no file: a step never waits for a disk. Ranks find it by
-    BIGTRAIN_STEPS; of those on other machines it knows nothing.
+    BIGTRAIN_STEPS; of those on other machines it knows nothing, and nothing at all where the system has no such memory.
     """
 
     def __init__(self, num_ranks: int) -> None:
-        name = f"bigtrain-{secrets.token_hex(8)}"
-        self._file = os.memfd_create(name)
-        os.ftruncate(self._file, num_ranks * _STEP.size)
-        self.address = f"/proc/{os.getpid()}/fd/{self._file}:{name}"
+        self._file, self.address = -1, ""
+        if hasattr(os, "memfd_create"):
+            name = f"bigtrain-{secrets.token_hex(8)}"
+            self._file = os.memfd_create(name)
+            os.ftruncate(self._file, num_ranks * _STEP.size)
+            self.address = f"/proc/{os.getpid()}/fd/{self._file}:{name}"
 
     def largest(self) -> int | None:
         """The most that any rank has taken; None where none ever said."""
+        if not self.address:
+            return None
         taken = os.pread(self._file, os.fstat(self._file).st_size, 0)
         return max((taken for (taken,) in _STEP.iter_unpack(taken) if taken), default=None)
 
     def close(self) -> None:
         """Let go of the memory."""
-        os.close(self._file)
+        if self.address:
+            os.close(self._file)
 
 
 def write_step(memory: mmap.mmap, rank: int, step: int) -> None:

@@ -42,7 +42,7 @@ class Watching:
         self._communication: Communication | None = None
         between = training.config.track.communication_every
         if between is not None and training.world.size > 1 and training.world.is_main:
-            self._communication = Communication(training.world, between)
+            self._communication = Communication(training.world, between, asked.steps if asked else ())
             self.hooks.append(Hook(self._measure))
         every = histograms_every(training.config)
         if every is not None:

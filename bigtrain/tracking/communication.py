@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from bigtrain.dist import World
 
 COMMUNICATION = re.compile(r"nccl|gloo|c10d::|all_?reduce|all_?gather|reduce_?scatter|broadcast", re.IGNORECASE)
-_COMPUTING = ("aten::", "fused_", "triton_")  # on a CPU; ranges around them wait, too
+_COMPUTING = "aten::"  # on a CPU; ranges around them wait, too
 
 Interval = tuple[float, float]
 
@@ -29,17 +29,20 @@ class Communication:
     Args:
         world: This rank's place.
         every: Steps from one that is measured to the next.
+        profiled: The first of the steps that a profile of its own is of, and the one after the last: two cannot run.
     """
 
-    def __init__(self, world: World, every: int) -> None:
+    def __init__(self, world: World, every: int, profiled: Sequence[int] = ()) -> None:
         self._is_on_gpu, self._every = world.device.type == "cuda", every
+        self._left_out = range(profiled[0] - 1, profiled[1]) if profiled else range(0)
         self._profile: profile | None = None
 
     def at(self, step: int) -> float | None:
         """Look where the training is, so many steps having been taken: the last step's seconds, if it was measured."""
         if self._profile is not None:
             return self._stop()
-        if (step + 1 - self._every // 2) % self._every == 0 and not _profiler_enabled():
+        is_due = (step + 1 - self._every // 2) % self._every == 0 and step not in self._left_out
+        if is_due and not _profiler_enabled():  # by the user's own code
             self._start()
         return None
 
@@ -77,9 +80,11 @@ def _told_apart(events: Iterable[Any], *, is_on_gpu: bool) -> tuple[list[Interva
         if is_on_gpu != (event.device_type == DeviceType.CUDA):
             continue
         interval = (event.time_range.start, event.time_range.end)
-        if COMMUNICATION.search(event.name):
+        if not is_on_gpu and event.name.startswith(_COMPUTING):  # aten::broadcast_tensors among them
+            busy.append(interval)
+        elif COMMUNICATION.search(event.name):
             spoken.append(interval)
-        elif is_on_gpu or event.name.startswith(_COMPUTING):
+        elif is_on_gpu:
             busy.append(interval)
     return spoken, busy
 

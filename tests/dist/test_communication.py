@@ -30,7 +30,7 @@ class Late(Classification):
         return super().loss(model, batch)
 
 
-def train(folder: str, name: str, engine: str, late_s: float) -> None:
+def train(folder: str, name: str, engine: str, late_s: float, **more: Any) -> None:
     run = {
         "run": {"dir": folder, "name": name, "threads": 1},
         "model": "simple_cnn",
@@ -39,6 +39,7 @@ def train(folder: str, name: str, engine: str, late_s: float) -> None:
         "engine": {"name": engine, "device": "cpu"},
         "checkpoint": {"every_steps": None, "at_end": False},
         "track": {"log_every": 1, "communication_every": 6, "wandb": "disabled", "progress": "none", "report": False},
+        **more,
     }
     bigtrain.train(run, task=Late(int(os.environ["RANK"]), late_s))
 
@@ -53,3 +54,15 @@ def test_waiting_for_a_late_rank_is_communication(tmp_path: Path, engine: str) -
         found[name] = min(row["communication_s"] for row in rows)  # on a busy machine both wait now and then
     assert 0.9 * LATE_S < found["late"] < 10 * LATE_S
     assert 0 < found["even"] < 0.5 * LATE_S
+
+
+@pytest.mark.parametrize(("steps", "measured"), [([3, 8], [10]), ([2, 3], [10]), ([4, 9], [4])])
+def test_a_profile_goes_before_it(tmp_path: Path, steps: list[int], measured: list[int]) -> None:
+    """Steps 3 and 9 are due; torch refuses two profilers at a time."""
+    run_distributed(train_profiled, 2, str(tmp_path), steps)
+    assert [row["step"] for row in read_rows(tmp_path / "it") if "communication_s" in row] == measured
+    assert (tmp_path / "it/profile/rank-00000.txt").exists()
+
+
+def train_profiled(folder: str, steps: list[int]) -> None:
+    train(folder, "it", "ddp", 0.0, profile={"steps": steps})
