@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,8 +26,10 @@ def config(folder: Path, **changes: Any) -> dict[str, Any]:
     47 bytes of context 4 make 11 windows: an epoch is three steps of 4 samples, the last of them of 3.
     """
     text = folder / "text.txt"
-    if not text.exists():
-        text.write_text("the quick brown fox jumps over the lazy dog, so\n"[:47])
+    if not text.exists():  # ranks write it at once and may be killed meanwhile: it is there whole, or not
+        partial = folder / f"text.{os.getpid()}.partial"
+        partial.write_text("the quick brown fox jumps over the lazy dog, so\n"[:47])
+        partial.replace(text)
     gpt = {"vocab": 257, "layers": 2, "width": 16, "heads": 2, "kv_heads": 1, "mlp_width": 24, "context": 4}
     return {
         "run": {"name": "run", "dir": str(folder / "runs"), "seed": 3},
