@@ -24,14 +24,13 @@ from torch import Tensor
 
 from bigtrain.checkpoint.files import DISK, Files
 from bigtrain.checkpoint.ranks import Ranks
-from bigtrain.checkpoint.writing import bytes_of, save
+from bigtrain.checkpoint.writing import bytes_of, in_file_order, save
 from bigtrain.dist import World
 from bigtrain.errors import SaveError
 from bigtrain.state import BUFFER, WEIGHT, EngineState, Piece
 
 _log = logging.getLogger(__name__)
 
-_ALIGNMENT = 64  # bytes; of every piece in the copy
 _SHARE_OF_MEMORY = 0.5  # of what is free: the training and the page cache need some, too
 # A forward pass may change these: running statistics, and weights that a model keeps within bounds.
 _CHANGED_BY_FORWARD = (WEIGHT, BUFFER)
@@ -44,12 +43,14 @@ class _Prepared:
     Attributes:
         state: In our own memory, or the state itself.
         is_copy: Which of the two.
+        image: All of the copy, as it will lie in the file.
         rest: What of the copy is still to be made: to where, and of what.
         ready: Called before the state is read.
     """
 
     state: EngineState
     is_copy: bool = True
+    image: memoryview | None = None
     rest: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     ready: Callable[[], None] = lambda: None
 
@@ -143,12 +144,16 @@ class Background:
         if free is not None and missing > free * _SHARE_OF_MEMORY:
             self._say_that_it_does_not_fit(num_bytes, f"and {free:,} are free")
             return
-        is_pinned = self._world.device.type == "cuda"
         self._buffer = torch.empty(0, dtype=torch.uint8)  # let go of the smaller one first
         try:
-            self._buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_pinned).zero_()
-        except RuntimeError as error:  # a system may allow less of it to be pinned, or to one process
+            self._buffer = self._memory(num_bytes)
+        except (RuntimeError, OSError) as error:  # a system may allow less of it to be pinned, or to one process
             self._say_that_it_does_not_fit(num_bytes, f"which cannot be had ({str(error).partition(chr(10))[0]})")
+
+    def _memory(self, num_bytes: int) -> Tensor:
+        if self._beside is not None:
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).zero_()
+        return torch.frombuffer(self._files.memory(num_bytes), dtype=torch.uint8).zero_()
 
     def _say_that_it_does_not_fit(self, num_bytes: int, why: str) -> None:
         _log.warning(
@@ -183,7 +188,7 @@ class Background:
                     prepared.copy_rest()
                 finally:
                     self._is_copied.set()  # whatever happens: the training waits for it
-                path = self._save(step, prepared.state, ready=prepared.ready, **kept)
+                path = self._save(step, prepared.state, ready=prepared.ready, image=prepared.image, **kept)
                 if self._world.is_main:
                     self._committed(path)
                 self._outcome = path
@@ -261,20 +266,19 @@ class Background:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def _prepared(self, state: EngineState) -> _Prepared:
-        held = [piece for piece in state.pieces if piece.is_owner]
-        needed = bytes_of(state) + _ALIGNMENT * len(held)
+        needed = bytes_of(state)
         try:
             if self._beside is not None:
                 self._beside.wait()  # for a save that failed before it did; it must not write into this one's copy
             self.reserve(needed)
             if needed > self._buffer.numel():
                 return _Prepared(state, is_copy=False)
-            return self._copy(held, state.hyper)
+            return self._copy(in_file_order(state.pieces), state.hyper)
         except Exception as error:  # this rank must not stay away where the others meet
             return _Prepared(state, ready=partial(_fail, error))
 
     def _copy(self, held: Sequence[Piece], hyper: dict[str, dict[str, Any]]) -> _Prepared:
-        """These pieces in our own memory."""
+        """These pieces in our own memory, one after the other, as they will lie in the file."""
         prepared = _Prepared(EngineState([], hyper))
         place = 0
         beside: list[tuple[Tensor, Tensor]] = []
@@ -287,10 +291,11 @@ class Background:
                 else:
                     (beside if is_on_gpu else prepared.rest).append((data, piece.data))
                 prepared.state.pieces.append(replace(piece, data=data))
-                place += -(-data.nbytes // _ALIGNMENT) * _ALIGNMENT
+                place += data.nbytes
             if self._beside is not None:
                 self._beside.copy(beside)
                 prepared.ready = self._beside.wait
+        prepared.image = self._buffer[:place].numpy().data
         return prepared
 
     def _place(self, like: Tensor, place: int) -> Tensor:

@@ -7,6 +7,9 @@ that a folder that somebody else prepared cannot lead anywhere else.
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import mmap
 import os
 import stat
 import time
@@ -14,8 +17,14 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+
 Hook = Callable[[str, Path], None]
 
+_UNIT = 1 << 12  # bytes; disks are addressed by so many at most
+_LEAST_DIRECT = 1 << 20  # bytes; a disk is waited for each time
+_DIRECT = ("ext4", "xfs")  # of local disks; how it would do elsewhere has not been measured
+_NOT_SO = (errno.EINVAL, errno.EFAULT)  # the device wants larger blocks, or cannot reach this memory
 _MOST_BUFFERS = 512  # of one vectored write; POSIX promises 16, Linux and macOS allow 1024
 
 
@@ -128,6 +137,14 @@ class Files:
             return None
         return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
 
+    def memory(self, num_bytes: int) -> mmap.mmap:
+        """Host memory in pages of its own: large ones, so that a disk takes it in few pieces, and none that a fork doubles."""
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+            with suppress(OSError, AttributeError):  # not on every system
+                memory.madvise(getattr(mmap, advice))
+        return memory
+
     def has_spare_core(self) -> bool:
         """Whether a second thread of every process on this machine finds a core of its own."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -169,14 +186,44 @@ class _Open:
 class Output(_Open):
     """A file that is being written."""
 
-    def write(self, buffers: Iterable[memoryview], offset: int) -> None:
-        """Write these bytes, one after the other, from `offset` on."""
+    _is_direct = False  # the system takes what is written from the memory that it lies in, past the page cache
+    _can_be_direct: bool | None = None  # not tried yet
+
+    def write(self, buffers: Iterable[memoryview], offset: int, *, direct: bool = False) -> None:
+        """Write these bytes, one after the other, from `offset` on.
+
+        Args:
+            buffers: The bytes.
+            offset: Where in the file.
+            direct: Whether they may go past the page cache, if they are many, and whole pages there and here.
+        """
         left = [buffer for buffer in buffers if buffer.nbytes]
+        self._set_direct(direct and self._can_be_direct is not False and _are_pages(left, offset))
         while left:
             self._before("write", self.path)
-            written = os.pwritev(self._descriptor, left[:_MOST_BUFFERS], offset)
+            try:
+                written = os.pwritev(self._descriptor, left[:_MOST_BUFFERS], offset)
+            except OSError as error:
+                if not self._is_direct or error.errno not in _NOT_SO:
+                    raise
+                self._can_be_direct = False
+                self._set_direct(False)
+                continue
             offset += written
             left = _after(left, written)
+
+    def _set_direct(self, wanted: bool) -> None:
+        if wanted and self._can_be_direct is None:
+            self._can_be_direct = _file_system_of(self._descriptor) in _DIRECT
+        if (wanted and not self._can_be_direct) or wanted == self._is_direct:
+            return
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags ^ os.O_DIRECT)
+        except OSError:
+            self._can_be_direct = False
+        else:
+            self._is_direct = wanted
 
     def sync(self) -> None:
         """Return when everything written is on the disk."""
@@ -213,6 +260,24 @@ class Input(_Open):
                 raise EOFError(f"{self.path} ends at byte {offset}")
             offset += count
             into = into[count:]
+
+
+def _are_pages(buffers: Sequence[memoryview], offset: int) -> bool:
+    """Whether these are many bytes, and whole pages in memory and from `offset` on in a file."""
+    places = [offset, *(np.frombuffer(buffer, np.uint8).ctypes.data for buffer in buffers)]
+    sizes = [buffer.nbytes for buffer in buffers]
+    return sum(sizes) >= _LEAST_DIRECT and not any(number % _UNIT for number in (*places, *sizes))
+
+
+def _file_system_of(descriptor: int) -> str | None:
+    """The kind of file system that an open file lies on; None where the system does not say."""
+    device = os.fstat(descriptor).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(" - ")[2].split()[0] for line in lines if line.split()[2] == number), None)
 
 
 def _after(buffers: list[memoryview], count: int) -> list[memoryview]:

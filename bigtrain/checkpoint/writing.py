@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import errno
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +58,7 @@ class Saving:
         attempt: Which start of the run this is, the same on all ranks.
         still_ours: Asked on rank 0 before the commit; False where another attempt owns the run now.
         ready: Called before the state is read.
+        image: All that this rank writes of the state, as it will lie in the file; the pieces are views of it.
         files: The file system.
     """
 
@@ -67,6 +68,7 @@ class Saving:
     attempt: str = "0"
     still_ours: Callable[[], bool] = lambda: True
     ready: Callable[[], None] = lambda: None
+    image: memoryview | None = None
     files: Files = DISK
 
     @property
@@ -122,8 +124,7 @@ class Saving:
         return *self._write_own(state.pieces, own), self._write_state(state.hyper, extra)
 
     def _write_own(self, pieces: Sequence[Piece], own: Mapping[str, Any]) -> tuple[Header, _Written]:
-        held = [piece for piece in pieces if piece.is_owner and (piece.data.numel() or 0 in piece.shape)]
-        pieces = sorted(held, key=_alignment, reverse=True)
+        pieces = in_file_order(pieces)
         header = lay_out([_described(piece) for piece in pieces], _as_json(own, "own"))
         path = self.temporary / shard_name(self.ranks.rank)
         if len({entry.title for entry in header.entries}) != len(header.entries):
@@ -135,7 +136,7 @@ class Saving:
         with _explained(self, path, num_bytes):
             self.files.make_folder(self.temporary)  # a shared file system may not show it yet
             with self.files.create(path) as file:
-                hashes = _write_data(file, len(empty), header.entries, pieces)
+                hashes = _write_data(file, len(empty), header.entries, pieces, self.image)
                 raw = header.encode(hashes)
                 file.write([memoryview(raw)], 0)
                 file.sync()
@@ -240,6 +241,7 @@ def save(
     attempt: str = "0",
     still_ours: Callable[[], bool] = lambda: True,
     ready: Callable[[], None] = lambda: None,
+    image: memoryview | None = None,
     files: Files = DISK,
 ) -> Path:
     """Write a checkpoint and commit it. Every rank must call it; the state must not change meanwhile.
@@ -255,6 +257,8 @@ def save(
         attempt: Which start of the run this is, the same on all ranks.
         still_ours: Asked on rank 0 before the commit; False where another attempt owns the run now.
         ready: Called before the state is read; what it raises, all ranks hear of.
+        image: Where the pieces are views of one block of memory that begins with a page, in the order of
+            `in_file_order` and without gaps: that block. It goes past the page cache where the file system can do so.
         files: The file system.
 
     Returns:
@@ -263,7 +267,7 @@ def save(
     Raises:
         SaveError: On all ranks: nothing was committed, and what was before is as it was.
     """
-    return Saving(ranks, Path(folder), step, attempt, still_ours, ready, files).save(state, extra, own or {})
+    return Saving(ranks, Path(folder), step, attempt, still_ours, ready, image, files).save(state, extra, own or {})
 
 
 def check_space(ranks: Ranks, folder: Path, num_bytes: int, *, copies: int = 2, files: Files = DISK) -> None:
@@ -294,6 +298,12 @@ def bytes_of(state: EngineState) -> int:
     return sum(math.prod(p.box.size) * p.dtype.itemsize for p in state.pieces if p.is_owner)
 
 
+def in_file_order(pieces: Iterable[Piece]) -> list[Piece]:
+    """What this rank writes of these pieces, in the order in which a shard file holds them."""
+    held = [piece for piece in pieces if piece.is_owner and (piece.data.numel() or 0 in piece.shape)]
+    return sorted(held, key=_alignment, reverse=True)
+
+
 def _described(piece: Piece) -> tuple[Key, tuple[int, ...], str, Any]:
     if piece.dtype not in DTYPES or piece.data.dtype != piece.dtype:
         raise SaveError(f"{piece.kind} {piece.name} is {piece.data.dtype}, which a checkpoint cannot hold")
@@ -317,11 +327,23 @@ def _as_json(value: Mapping[str, Any], what: str) -> str:
         raise SaveError(str(error), remedy="keep plain values, or bytes") from error
 
 
-def _write_data(file: Output, offset: int, entries: Sequence[Entry], pieces: Sequence[Piece]) -> list[bytes]:
+def _write_data(
+    file: Output, offset: int, entries: Sequence[Entry], pieces: Sequence[Piece], image: memoryview | None
+) -> list[bytes]:
     """Write the pieces one after the other, and return the hashes of their chunks."""
     hashes: list[bytes] = []
     waiting: list[memoryview] = []
-    size = 0
+    hashed = written = 0
+
+    def write(until: int) -> None:
+        nonlocal written
+        if image is None:
+            file.write(waiting, offset + written)
+        else:
+            file.write([image[written:until]], offset + written, direct=True)
+        waiting.clear()
+        written = until
+
     for entry, piece in zip(entries, pieces, strict=True):
         if not entry.num_bytes:
             continue
@@ -329,12 +351,10 @@ def _write_data(file: Output, offset: int, entries: Sequence[Entry], pieces: Seq
         for block in _blocks(read() if read else piece.data):
             hashes += [hash_of(block[start : start + CHUNK]) for start in range(0, block.nbytes, CHUNK)]
             waiting.append(block)
-            size += block.nbytes
-            if size >= _BLOCK or len(waiting) >= 512:
-                file.write(waiting, offset)
-                offset += size
-                waiting, size = [], 0
-    file.write(waiting, offset)
+            hashed += block.nbytes
+            if hashed - written >= _BLOCK or len(waiting) >= 512:
+                write(hashed if image is None else hashed - hashed % PAGE)
+    write(hashed)
     return hashes
 
 

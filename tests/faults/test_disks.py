@@ -8,11 +8,14 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 import bigtrain
 from bigtrain import lease
-from bigtrain.checkpoint import find, verify
+from bigtrain.checkpoint import Background, find, verify
+from bigtrain.dist import World
 from bigtrain.errors import DiskFullError, TrainingError
+from bigtrain.state import EngineState, Piece, whole
 from tests.helpers.faulty import before_file_operations
 from tests.helpers.resuming import STEPS, config, losses
 
@@ -30,6 +33,22 @@ def small_disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM_FOR_TWO}", "tmpfs", folder], check=True)
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture
+def small_ext4(tmp_path):
+    """A file system on a disk, past whose page cache a copy in the background goes."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a file system")
+    image, folder = tmp_path / "image", tmp_path / "disk"
+    folder.mkdir()
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
+    if subprocess.run(["mount", "-o", "loop", image, folder], check=False).returncode:
+        pytest.skip("no loop device can be mounted here")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
 
@@ -117,3 +136,24 @@ def test_a_disk_that_stands_still_does_not_stop_the_training(tmp_path):
         bigtrain.train(made, hooks=[lambda info: goes_on.set() if info.step == 7 else None])
     assert waited
     assert all(waited)  # step 7 came while the disk stood still
+
+
+def test_a_disk_that_fills_up_under_a_copy_in_the_background(small_ext4):
+    """It is large enough to go past the page cache: 20 MB, where what is left would take half of it."""
+    weights = torch.arange(5 << 20, dtype=torch.float32)
+    state = EngineState(
+        [Piece("w", "weight", tuple(weights.shape), weights.dtype, whole(weights.shape), weights, True)], {}
+    )
+    background = Background(World(), small_ext4 / "checkpoints")
+    background.start(1, state, extra={})
+    first = background.wait()
+    filler = fill(small_ext4, 10 << 20)
+    background.start(2, state, extra={})
+    with pytest.raises(DiskFullError, match=r"no space for .*: it needs 20,.* bytes, and 10,.* were free"):
+        background.wait()
+    assert find(small_ext4 / "checkpoints") == [first]
+    assert verify(first).is_good
+    assert len(list(first.parent.iterdir())) == 1
+    filler.unlink()
+    background.start(2, state, extra={})
+    assert verify(background.wait()).is_good

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,6 +147,16 @@ def test_memory_that_was_reserved_is_what_is_used(tmp_path):
         background.start(step, state, extra={})
         background.wait()
     assert background._buffer.data_ptr() == before
+
+
+def test_processes_that_are_forked_do_not_have_the_memory(tmp_path):
+    """A worker that loads data would keep the old pages, and every save would have to copy them before it writes."""
+    background = Background(World(), tmp_path)
+    background.reserve(8 << 20)
+    regions = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    place = background._buffer.data_ptr()
+    (region,) = (r for r in regions[1:] if int(r.split("-")[0], 16) <= place < int(re.split("[- ]", r)[1], 16))
+    assert {"dc", "hg"} <= set(re.search("VmFlags: (.*)", region)[1].split())  # do not copy on fork, huge pages
 
 
 def test_memory_that_the_system_refuses_is_said_and_checkpoints_are_written(tmp_path, monkeypatch, caplog):
