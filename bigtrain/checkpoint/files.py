@@ -138,7 +138,7 @@ class Files:
         return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
 
     def memory(self, num_bytes: int) -> mmap.mmap:
-        """Host memory in pages of its own: large ones, so that a disk takes it in few pieces, and none that a fork doubles."""
+        """Host memory in pages of its own: large ones, which a disk takes in few pieces, and no fork doubles them."""
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
             with suppress(OSError, AttributeError):  # not on every system
