@@ -201,6 +201,7 @@ def test_a_decoder_classifies_by_its_last_token(place: Path) -> None:
     assert torch.allclose(together[0], model({"input_ids": short})[0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_without_transformers_the_extra_is_named(place: Path) -> None:
     code = (
         "import sys; sys.modules['transformers'] = None\n"

@@ -109,6 +109,7 @@ def test_what_they_print_goes_to_the_log(folder: Path, capfd: pytest.CaptureFixt
     assert (folder / "log").stat().st_size == 20 * 200_001
 
 
+@pytest.mark.slow
 def test_rows_of_megabytes_do_not_hold_up_those_that_follow(folder: Path) -> None:
     said: list[str] = []
     outside = start(folder, "Kind", said=said)

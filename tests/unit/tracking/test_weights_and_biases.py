@@ -154,6 +154,7 @@ def test_steps_that_a_spike_undid_are_not_sent_twice_and_marked(tmp_path: Path, 
     assert "rolled-back" in kept.tags
 
 
+@pytest.mark.slow
 def test_what_wandb_took_before_a_kill_but_metrics_did_not_is_not_sent_again(tmp_path: Path) -> None:
     """A last line of metrics.jsonl is lost with a kill; W&B had it already."""
     folder = tmp_path / "it"
@@ -180,6 +181,7 @@ def test_two_starts_in_one_second_have_two_folders(tmp_path: Path, monkeypatch: 
     assert [path.parent for path in wandb_files.logs(tmp_path, "abcd1234")] == made
 
 
+@pytest.mark.slow
 def test_a_file_of_wandbs_that_is_torn_is_read_to_where_it_is(tmp_path: Path) -> None:
     folder = tmp_path / "it"
     train(folder, range(1, 400), mode="offline")
@@ -212,6 +214,7 @@ def test_online_one_run_over_restarts_and_a_change_of_engine(tmp_path: Path, log
     assert run.config["engine"]["value"] == "ddp"
 
 
+@pytest.mark.slow
 def test_offline_first_and_online_later_is_one_run_and_nothing_is_left_to_send(
     tmp_path: Path, logged_in: WandbServer
 ) -> None:
@@ -256,6 +259,7 @@ def test_a_server_that_says_nothing_holds_nobody_up(tmp_path: Path, logged_in: W
     assert logged_in.run().series("train/loss") == whole(20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", ["the trackers' process", "wandb's own"])
 def test_where_a_process_was_killed_it_is_said_in_the_end_how_its_files_are_sent(tmp_path: Path, killed: str) -> None:
     values = {"model": "bigmodel", "task": "classification", "data": {"name": "digits", "batch_size": 4}}
