@@ -114,6 +114,8 @@ def _words(node: ast.expr, named: dict[str, list[tuple[int, ast.expr]]], line: i
     if isinstance(node, ast.IfExp):
         first, second = (_words(part, named, line, depth) for part in (node.body, node.orelse))
         return f"{first} | {second}" if first and second else first or second
+    if isinstance(node, ast.Call) and _callee(node) == "suggest":
+        return f"did you mean ‹the nearest of the {_words(node.args[2], named, line, depth)}›?"
     if isinstance(node, ast.Name) and depth < 3:
         above = [value for at, value in named.get(node.id, []) if at <= line]
         if above:
