@@ -67,6 +67,7 @@ def test_one_at_a_time_and_every_one_right(tmp_path, caplog):
     tensors, disk = some_tensors(1), Held()
     background = Background(World(), tmp_path, files=disk.files)
     background.start(1, cut("rows", tensors, 1)[0], extra={})
+    background.wait_for_copy()
     threading.Timer(0.1, disk.gate.set).start()
     for key, tensor in some_tensors(2).items():
         tensors[key].copy_(tensor)
