@@ -300,6 +300,7 @@ class Background:
 
     def _place(self, like: Tensor, place: int) -> Tensor:
         num_bytes = like.numel() * like.element_size()
+        place = place if num_bytes else 0  # what is empty comes last, where its type may not begin
         return self._buffer[place : place + num_bytes].view(like.dtype).view(like.shape)
 
 

@@ -11,7 +11,9 @@ import errno
 import fcntl
 import mmap
 import os
+import re
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -25,6 +27,7 @@ _UNIT = 1 << 12  # bytes; disks are addressed by so many at most
 _LEAST_DIRECT = 1 << 20  # bytes; a disk is waited for each time
 _DIRECT = ("ext4", "xfs")  # of local disks; how it would do elsewhere has not been measured
 _NOT_SO = (errno.EINVAL, errno.EFAULT)  # the device wants larger blocks, or cannot reach this memory
+_WIPE_ON_FORK = 18 if sys.platform == "linux" else -1  # MADV_WIPEONFORK, which mmap has no name for
 _MOST_BUFFERS = 512  # of one vectored write; POSIX promises 16, Linux and macOS allow 1024
 
 
@@ -138,11 +141,12 @@ class Files:
         return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
 
     def memory(self, num_bytes: int) -> mmap.mmap:
-        """Host memory in pages of its own: large ones, which a disk takes in few pieces, and no fork doubles them."""
+        """Host memory in pages of its own: large ones, which a disk takes in few pieces, and empty in a fork."""
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        # Not MADV_DONTFORK: a forked process would put memory of its own there, and lose that as it lets go of this.
+        for advice in (getattr(mmap, "MADV_HUGEPAGE", -1), _WIPE_ON_FORK):
             with suppress(OSError, AttributeError):  # not on every system
-                memory.madvise(getattr(mmap, advice))
+                memory.madvise(advice)
         return memory
 
     def has_spare_core(self) -> bool:
@@ -221,6 +225,8 @@ class Output(_Open):
         try:
             fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags ^ os.O_DIRECT)
         except OSError:
+            if not wanted:
+                raise
             self._can_be_direct = False
         else:
             self._is_direct = wanted
@@ -274,10 +280,11 @@ def _file_system_of(descriptor: int) -> str | None:
     device = os.fstat(descriptor).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        mounts = Path("/proc/self/mountinfo").read_bytes()
     except OSError:
         return None
-    return next((line.partition(" - ")[2].split()[0] for line in lines if line.split()[2] == number), None)
+    found = re.search(rb"^\S+ \S+ %b .*? - (\S+)" % number.encode(), mounts, re.MULTILINE)
+    return os.fsdecode(found[1]) if found else None
 
 
 def _after(buffers: list[memoryview], count: int) -> list[memoryview]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 import signal
@@ -154,10 +155,41 @@ def test_processes_that_are_forked_do_not_have_the_memory(tmp_path):
     """A worker that loads data would keep the old pages, and every save would have to copy them before it writes."""
     background = Background(World(), tmp_path)
     background.reserve(8 << 20)
+    background._buffer.fill_(7)
     regions = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
     place = background._buffer.data_ptr()
     (region,) = (r for r in regions[1:] if int(r.split("-")[0], 16) <= place < int(re.split("[- ]", r)[1], 16))
-    assert {"dc", "hg"} <= set(re.search("VmFlags: (.*)", region)[1].split())  # do not copy on fork, huge pages
+    assert {"wf", "hg"} <= set(re.search("VmFlags: (.*)", region)[1].split())  # wiped on fork, huge pages
+
+    def is_empty():
+        assert not background._buffer.any()
+
+    assert in_a_fork(is_empty) == 0
+    assert (background._buffer == 7).all()
+
+
+def test_a_forked_process_may_let_go_of_the_memory(tmp_path):
+    background = Background(World(), tmp_path)
+    background.reserve(64 << 20)
+
+    def take_memory_and_let_go():
+        ours = [mmap.mmap(-1, 1 << 20) for _ in range(4000)]  # wherever there is room
+        for memory in ours:
+            memory[:4] = b"ours"
+        background.close()
+        assert all(memory[:4] == b"ours" for memory in ours)
+
+    assert in_a_fork(take_memory_and_let_go) == 0
+
+
+def test_what_is_empty_lies_behind_what_is_odd(tmp_path):
+    """A tensor of three bytes, and behind it some of no bytes, whose types cannot begin there."""
+    tensors = {("buffer", "odd"): torch.tensor([True, False, True])}
+    for dtype in (torch.float32, torch.bfloat16, torch.int64):
+        tensors["weight", str(dtype)] = torch.zeros(0, 2, dtype=dtype)
+    background = Background(World(), tmp_path)
+    background.start(1, cut("rows", tensors, 1)[0], extra={})
+    assert_holds(background.wait(), tensors)
 
 
 def test_memory_that_the_system_refuses_is_said_and_checkpoints_are_written(tmp_path, monkeypatch, caplog):

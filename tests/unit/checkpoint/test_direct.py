@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from bigtrain.checkpoint import Background, Ranks, save, verify
 from bigtrain.checkpoint import files as files_module
 from bigtrain.dist import World
+from bigtrain.errors import SaveError
 from tests.helpers.checkpoints import assert_holds, cut
 
 # Whole pages, then what ends inside of one, then what is smaller than any: in a file they lie in this order.
@@ -115,3 +117,42 @@ def test_elsewhere_it_is_not_tried(local, tensors, monkeypatch):
     monkeypatch.setattr(files_module, "_DIRECT", ("nfs4",))
     path = in_background(local, tensors)
     assert cached(path) >= path.stat().st_size
+
+
+def test_a_file_that_stays_direct_is_an_error(local, tensors, monkeypatch):
+    """And is not written to again and again: a system that does not let go of it."""
+    pwritev, control = os.pwritev, fcntl.fcntl
+
+    def refusing(descriptor, buffers, offset):
+        if control(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return pwritev(descriptor, buffers, offset)
+
+    def stuck(descriptor, command, *arguments):
+        if command == fcntl.F_SETFL and not arguments[0] & os.O_DIRECT:
+            raise OSError(errno.EPERM, "Operation not permitted")
+        return control(descriptor, command, *arguments)
+
+    monkeypatch.setattr(os, "pwritev", refusing)
+    monkeypatch.setattr(fcntl, "fcntl", stuck)
+    background = Background(World(), local)
+    background.start(1, cut("rows", tensors, 1)[0], extra={})
+    with pytest.raises(SaveError, match="Operation not permitted"):
+        background.wait()
+
+
+def test_mount_points_of_any_name(tmp_path, monkeypatch):
+    """Only some characters are escaped in what the system says of its mounts; a line ends where it says that."""
+    device = tmp_path.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    odd = f"49 27 9999:1 / /mnt/form\x0cfeed,\u2028,\x85,50\xa027\xa0{number} rw - tmpfs tmpfs rw"
+    lines = [odd, "", f"51 27 {number} / /mnt rw shared:1 - xfs /dev/vdb rw - x", ""]
+    monkeypatch.setattr(Path, "read_bytes", lambda path: "\n".join(lines).encode())
+    monkeypatch.setattr(Path, "read_text", lambda path, **options: "\n".join(lines))
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    try:
+        assert files_module._file_system_of(descriptor) == "xfs"
+        del lines[2]
+        assert files_module._file_system_of(descriptor) is None
+    finally:
+        os.close(descriptor)
