@@ -256,7 +256,8 @@ def _within(box: Box, container: Box) -> tuple[slice, ...]:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a tensor on the host that lies in one piece."""
-    view: memoryview = tensor.detach().view(-1).view(torch.uint8).numpy().data
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))  # one element may have any stride
+    view: memoryview = flat.view(torch.uint8).numpy().data
     return view
 
 

@@ -360,7 +360,7 @@ def _write_data(
 
 def _blocks(tensor: Tensor) -> Iterator[memoryview]:
     """The bytes of a tensor, in blocks of whole chunks; views where it lies on the host and in one piece."""
-    flat = tensor.detach().contiguous().view(-1)
+    flat = tensor.detach().contiguous().as_strided((tensor.numel(),), (1,))  # one element may have any stride
     most = _BLOCK // flat.element_size()
     for start in range(0, flat.numel(), most):
         yield flat[start : start + most].cpu().view(torch.uint8).numpy().data

@@ -113,6 +113,19 @@ def test_reads_into_any_memory(large, monkeypatch):
         assert same_bits(parameter.detach(), tensors["weight", "small"])
 
 
+def test_one_element_of_any_stride(tmp_path):
+    """To torch it lies in one piece, and is no view of its bytes."""
+    tensors = {("weight", "a"): torch.randn(3, 11)[:, 4][:1], ("weight", "b"): torch.randn(1, 11).t()[:1]}
+    expected = {key: tensor.clone() for key, tensor in tensors.items()}
+    assert [tensor.stride() for tensor in tensors.values()] == [(11,), (1, 11)]
+    path = saved(tmp_path, 1, cut("replicated", tensors, 1))
+    with open_checkpoint(path) as reader:
+        for (kind, name), tensor in tensors.items():
+            tensor.zero_()
+            reader.read_into(kind, name, whole(tensor.shape), tensor)
+    assert all(torch.equal(tensors[key], expected[key]) for key in tensors)
+
+
 def test_only_what_is_needed_is_read(large):
     """A row costs the chunks it lies in, and no other file is opened."""
     tensors, path = large
