@@ -37,6 +37,7 @@ from bigtrain.state import EngineState, Piece
 
 # What is hashed, then handed to the system, and copied from a device at once; whole chunks.
 _BLOCK = 4 * CHUNK
+_IMAGE_BLOCK = 16 * CHUNK  # a disk that takes it from there disturbs others the less, the less often it begins
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -350,10 +351,15 @@ def _write_data(
         read = getattr(piece, "read", None)  # data that are not in memory until they are written
         for block in _blocks(read() if read else piece.data):
             hashes += [hash_of(block[start : start + CHUNK]) for start in range(0, block.nbytes, CHUNK)]
-            waiting.append(block)
             hashed += block.nbytes
-            if hashed - written >= _BLOCK or len(waiting) >= 512:
-                write(hashed if image is None else hashed - hashed % PAGE)
+            if image is None:
+                waiting.append(block)
+                if hashed - written >= _BLOCK or len(waiting) >= 512:
+                    write(hashed)
+            elif hashed - written >= _IMAGE_BLOCK:
+                write(hashed - hashed % PAGE)
+    if image is not None:
+        write(hashed - hashed % PAGE)
     write(hashed)
     return hashes
 

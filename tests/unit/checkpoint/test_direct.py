@@ -65,11 +65,11 @@ def test_only_the_edges_are_in_the_page_cache(local, tensors):
     background = Background(World(), local / "direct")
     background.start(1, cut("rows", tensors, 1)[0], extra={})
     ours = background.wait() / "shard-00000.safetensors"
-    assert cached(ours) < 5 << 20  # the header and the last block, which ends inside of a page
+    assert cached(ours) < 1 << 20  # the header, and the last page
     assert ours.read_bytes() == plain.read_bytes()
 
 
-@pytest.mark.parametrize("refused", [1, 2, 4])
+@pytest.mark.parametrize("refused", [1, 2, 3])
 @pytest.mark.parametrize("reason", [errno.EINVAL, errno.EFAULT])
 def test_what_a_device_does_not_take_directly_goes_through_the_cache(local, tensors, monkeypatch, reason, refused):
     pwritev, direct = os.pwritev, []
